@@ -1,0 +1,62 @@
+"""From a `Step37Config` to a `Step37Model` on this rank."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from step37_lit.config import Step37Config
+from step37_lit.megatron import cuda_names
+from step37_lit.megatron.core_attention import AttentionBackend
+from step37_lit.megatron.initialize import initialize_weights, mark_tensor_parallel_weights
+from step37_lit.megatron.layout import ParallelLayout
+from step37_lit.megatron.transformer_config import to_megatron
+from step37_lit.model.step37_model import Step37Model
+from step37_lit.model.text_decoder import decoder_block_spec
+
+
+def build_model(
+    config: Step37Config,
+    layout: ParallelLayout | None = None,
+    dtype: torch.dtype = torch.float32,
+    pre_process: bool | None = None,
+    post_process: bool | None = None,
+    vp_stage: int | None = None,
+    seed: int | None = 0,
+    device: torch.device | str | None = None,
+    attention_backend: AttentionBackend = "auto",
+) -> Step37Model:
+    """This rank's part of the model, on its device; `process.initialize` must have run.
+
+    Args:
+        config: The model.
+        layout: How it is split; must be the one that the parallel groups were made for.
+        dtype: Of the parameters; the router's bias is always fp32.
+        pre_process: Whether this chunk has the embedding and the vision tower; None asks the pipeline stage.
+        post_process: Whether this chunk has the output head; None asks the pipeline stage.
+        vp_stage: Virtual pipeline stage of this chunk.
+        seed: Of the initial weights, the same on every rank; None leaves them as allocated (for loading).
+        device: None is this rank's accelerator, or the CPU; "meta" allocates nothing.
+        attention_backend: See `core_attention_of`.
+    """
+    layout = layout if layout is not None else ParallelLayout()
+    transformer_config = to_megatron(config, layout, dtype)
+    stage, last = parallel_state.get_pipeline_model_parallel_rank(), layout.pipeline - 1
+    device = torch.device(device) if device is not None else torch.device(torch.cuda.current_device())
+    with cuda_names.cpu_for_cuda(), device:
+        model = Step37Model(
+            language_transformer_config=transformer_config,
+            language_transformer_layer_spec=decoder_block_spec(
+                transformer_config, stage, vp_stage, attention_backend=attention_backend
+            ),
+            vision_transformer_config=config.vision,
+            pre_process=stage == 0 if pre_process is None else pre_process,
+            post_process=stage == last if post_process is None else post_process,
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+            vp_stage=vp_stage,
+        )
+    mark_tensor_parallel_weights(model)
+    if seed is not None and device.type != "meta":
+        initialize_weights(model, seed)
+    return model

@@ -1,0 +1,151 @@
+"""CUDA names that mean the CPU, so that unmodified megatron-core runs where there is no CUDA.
+
+megatron-core is written for CUDA: it asks `torch.cuda` for the current device, for streams and for the generator's
+state, and it makes small tensors on `device="cuda"`. On a machine without CUDA each of these raises. `install` gives
+the names that megatron-core reaches a meaning on the CPU; nothing of megatron's code is changed, and where CUDA is
+present `install` does nothing.
+
+Why each stand-in is there (megatron-core 0.16; `tests/test_cuda_names.py` runs a piece of megatron with and without):
+
+| name | who needs it |
+|---|---|
+| `torch.cuda.current_device` -> `torch.device("cpu")` | router buffers, DDP's gradient buffers, pipeline receives; a device and not a number, so that it also works inside `backward`, where no torch function mode is active |
+| `torch.cuda.Stream`, `Event`, `current_stream`, `default_stream`, `stream` | DDP's gradient reduction and the MoE dispatcher overlap copies with compute on side streams; the CPU has one |
+| `torch.cuda.synchronize` | pipeline communication and timers wait for the device |
+| `torch.cuda.get_rng_state`, `set_rng_state`, `manual_seed` | the tensor-parallel random-number tracker forks the device's generator |
+| `megatron.core.tensor_parallel.random._set_cuda_rng_state` (and `_get_`) | the same tracker reads CUDA's default generators directly |
+| `moe_utils.te_general_gemm` = None | without Transformer Engine the name does not exist; None selects the torch path of the router |
+| `token_dispatcher.maybe_move_tensor_to_cpu` | splits of an all-to-all must be Python numbers; megatron leaves a CPU tensor as it is |
+
+`cpu_for_cuda` is the context for what no attribute can reach: literal `device="cuda"` and `Tensor.type()` in
+megatron's schedules, gradient clipping and optimizer. It is entered around those calls only, so that a user's own
+`device="cuda"` still fails loudly on a machine that has none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+class _Stream:
+    """The one stream of the CPU: everything on it has happened already."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def wait_stream(self, stream: _Stream) -> None:
+        pass
+
+    def wait_event(self, event: _Event) -> None:
+        pass
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event if event is not None else _Event()
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+
+class _Event:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record(self, stream: _Stream | None = None) -> None:
+        pass
+
+    def wait(self, stream: _Stream | None = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+_STREAM = _Stream()
+
+
+def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(state)
+
+
+def _as_number_or_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """megatron's `maybe_move_tensor_to_cpu` for tensors that are there already."""
+    if as_numpy and torch.is_tensor(tensor):
+        return tensor.numpy()
+    return tensor
+
+
+TORCH_CUDA_NAMES: dict[str, Any] = {
+    "current_device": lambda: CPU,
+    "Stream": _Stream,
+    "Event": _Event,
+    "current_stream": lambda *args: _STREAM,
+    "default_stream": lambda *args: _STREAM,
+    "stream": lambda stream: contextlib.nullcontext(),
+    "synchronize": lambda *args: None,
+    "get_rng_state": _get_rng_state,
+    "set_rng_state": _set_rng_state,
+    "manual_seed": torch.manual_seed,
+}
+
+
+def install() -> None:
+    """Makes the names of the table above mean the CPU; does nothing where CUDA is present. May be called again."""
+    if torch.cuda.is_available():
+        return
+    for name, stand_in in TORCH_CUDA_NAMES.items():
+        setattr(torch.cuda, name, stand_in)
+
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    random._get_cuda_rng_state = _get_rng_state
+    random._set_cuda_rng_state = _set_rng_state
+    moe_utils.te_general_gemm = None
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_number_or_numpy
+
+
+class _CpuForCuda(TorchFunctionMode):
+    """`device="cuda"` becomes the CPU, `Tensor.cuda()` the identity, `Tensor.type()` the name of the CUDA type."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs) if kwargs else {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        device = kwargs.get("device")
+        if device is not None and (device == "cuda" or (isinstance(device, torch.device) and device.type == "cuda")):
+            kwargs["device"] = CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def cpu_for_cuda() -> Iterator[None]:
+    """Around calls into megatron that name the device "cuda"; does nothing where CUDA is present."""
+    if torch.cuda.is_available():
+        yield
+        return
+    with _CpuForCuda():
+        yield

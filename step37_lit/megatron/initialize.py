@@ -1,0 +1,97 @@
+"""Initial weights by name: the same seed gives the same model in every layout.
+
+Each parameter is drawn from a generator of its own, seeded by (seed, name of the weight in the whole model), at its
+full size; a rank keeps its share. So weights do not depend on how many ranks there are, nor on the order of building.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.utils import get_pg_rank, get_pg_size
+from torch import Tensor, nn
+
+from step37_lit.model.experts import GroupedExperts
+from step37_lit.model.step37_model import Step37Model
+
+
+def mark_tensor_parallel_weights(model: nn.Module) -> None:
+    """Sets megatron's attributes on split weights: clipping counts them on every rank, others on the first only.
+
+    megatron sets them while it initialises weights, which this project does itself.
+    """
+    for module in model.modules():
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=0, stride=1)
+        elif isinstance(module, RowParallelLinear):
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=1, stride=1)
+    for module in model.modules():
+        if isinstance(module, MLP):  # linear_fc1 holds [gate; up], and a rank its rows of both
+            module.linear_fc1.weight.partition_stride = 2
+
+
+def initialize_weights(model: Step37Model, seed: int) -> None:
+    """Draws every weight: normal(0, init_std) for matrices of the decoder, with 1 / sqrt(2 layers) on those that
+    write to the residual stream (GPT-2's rule, as megatron does); fan-in scaled normal in the vision tower and the
+    projector. Norms, biases and LayerScale keep their start values."""
+    text = model.step37.text
+    residual_std = text.init_std / math.sqrt(2 * text.num_layers)
+    with torch.no_grad():
+        for module_name, module in model.named_modules():
+            name = global_name(model, module_name)
+            if isinstance(module, VocabParallelEmbedding | ColumnParallelLinear | RowParallelLinear):
+                std = residual_std if isinstance(module, RowParallelLinear) else text.init_std
+                _draw_split(module, f"{name}.weight", std, seed)
+            elif isinstance(module, GroupedExperts):
+                _draw_experts(module, name, text.init_std, residual_std, seed)
+            else:
+                for weight_name, weight in module.named_parameters(recurse=False):
+                    if weight.dim() >= 2:
+                        std = text.init_std if isinstance(module, TopKRouter) else 1 / math.sqrt(weight[0].numel())
+                        _draw(weight, f"{name}.{weight_name}", std, seed)
+                if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+                    module.bias.zero_()
+
+
+def global_name(model: Step37Model, name: str) -> str:
+    """A module's or parameter's name with the layer's number in the whole decoder, whatever stage holds it."""
+    prefix = "decoder.layers."
+    if not name.startswith(prefix):
+        return name
+    local, _, rest = name.removeprefix(prefix).partition(".")
+    assert model.decoder is not None
+    number = model.decoder.layers[int(local)].layer_number - 1
+    return f"{prefix}{number}.{rest}" if rest else f"{prefix}{number}"
+
+
+def _generator(name: str, seed: int, device: torch.device) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _draw(weight: Tensor, name: str, std: float, seed: int) -> None:
+    full = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    weight.copy_(full.normal_(0.0, std, generator=_generator(name, seed, weight.device)))
+
+
+def _draw_split(module: nn.Module, name: str, std: float, seed: int) -> None:
+    weight, ranks, rank = module.weight, get_pg_size(module.tp_group), get_pg_rank(module.tp_group)
+    dim = weight.partition_dim
+    shape = list(weight.shape)
+    shape[dim] *= ranks
+    full = torch.empty(shape, dtype=torch.float32, device=weight.device)
+    full.normal_(0.0, std, generator=_generator(name, seed, weight.device))
+    blocks = full.chunk(weight.partition_stride, dim=dim)
+    weight.copy_(torch.cat([block.chunk(ranks, dim=dim)[rank] for block in blocks], dim=dim))
+
+
+def _draw_experts(module: GroupedExperts, name: str, std: float, residual_std: float, seed: int) -> None:
+    for local, expert in enumerate(module.expert_indices):
+        _draw(module.weight1[local], f"{name}.weight1.{expert}", std, seed)
+        _draw(module.weight2[local], f"{name}.weight2.{expert}", residual_std, seed)

@@ -1,0 +1,1 @@
+"""The model: one file a part, `step37_model.py` joins them."""

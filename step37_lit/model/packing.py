@@ -1,0 +1,56 @@
+"""Borders of the sub-sequences of a pack, in megatron's form.
+
+T = tokens of the pack, n = sub-sequences.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+
+def pack_borders(
+    input_ids: Tensor, cu_seqlens: Tensor | None, max_seq_len: int | None, packed_seq_params: PackedSeqParams | None
+) -> PackedSeqParams:
+    """The pack's borders from whichever form is given; one sequence where none is.
+
+    Raises:
+        ValueError: more than one row, borders that do not run from 0 to T in ascending order, or two forms that
+            differ.
+    """
+    if input_ids.dim() != 2 or input_ids.shape[0] != 1:
+        raise ValueError(f"input_ids: expected [1, T], found {list(input_ids.shape)}")
+    if packed_seq_params is not None:
+        given = packed_seq_params.cu_seqlens_q
+        if cu_seqlens is not None and not torch.equal(cu_seqlens.to(given), given):
+            raise ValueError(
+                f"cu_seqlens and packed_seq_params differ: {cu_seqlens.tolist()} and {given.tolist()}; give one of them"
+            )
+        cu_seqlens = given
+    length = input_ids.shape[1]
+    if cu_seqlens is None:
+        cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=input_ids.device)
+    borders = cu_seqlens.tolist()
+    if len(borders) < 2 or borders[0] != 0 or borders[-1] != length:
+        raise ValueError(f"cu_seqlens: expected to run from 0 to T = {length}, found {borders}")
+    lengths = [end - start for start, end in zip(borders, borders[1:], strict=False)]
+    if min(lengths) < 0:
+        raise ValueError(f"cu_seqlens: expected ascending borders, found {borders}")
+    longest = max(lengths)
+    if max_seq_len is not None and max_seq_len < longest:
+        raise ValueError(f"max_seq_len: expected at least {longest} (the longest sub-sequence), found {max_seq_len}")
+    cu_seqlens = cu_seqlens.to(torch.int32)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def restarting_positions(cu_seqlens: Tensor, length: int) -> Tensor:
+    """[1, T] int64: positions that restart at 0 at each border."""
+    starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff().long())
+    return (torch.arange(length, device=cu_seqlens.device) - starts).unsqueeze(0)

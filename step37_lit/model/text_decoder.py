@@ -1,0 +1,106 @@
+"""Layer specs of the text decoder: which part sits in which of megatron's slots, layer by layer.
+
+    TransformerBlock
+      layers[i]: TransformerLayer
+        input_layernorm     ZeroCentredRMSNorm
+        self_attention      HybridSelfAttention (full or sliding, its own number of heads)
+        pre_mlp_layernorm   ZeroCentredRMSNorm
+        mlp                 DenseMLP, or MoELayer (Router, GroupedExperts, SharedExpert)
+      final_layernorm       ZeroCentredRMSNorm
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from step37_lit.megatron.core_attention import AttentionBackend, core_attention_of
+from step37_lit.megatron.norm import ZeroCentredRMSNorm
+from step37_lit.megatron.transformer_config import Step37TransformerConfig
+from step37_lit.model.attention import HybridAttentionSubmodules, HybridSelfAttention
+from step37_lit.model.experts import DenseMLP, GroupedExperts, Router, SharedExpert
+
+_LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+
+@dataclass
+class _PartSpec:
+    """What `build_module` needs of a `ModuleSpec`. megatron's layer warns, layer by layer, of every MLP in a
+    `ModuleSpec` that is not one of its own classes; one in this form it builds without a word."""
+
+    module: type
+    submodules: Any
+    params: dict = field(default_factory=dict)
+
+
+def decoder_block_spec(
+    config: Step37TransformerConfig,
+    pp_rank: int = 0,
+    vp_stage: int | None = None,
+    attention_backend: AttentionBackend = "auto",
+) -> TransformerBlockSubmodules:
+    """Specs of the layers that pipeline stage `pp_rank` (and virtual stage `vp_stage`) holds."""
+    first = get_transformer_layer_offset(config, vp_stage, pp_rank)
+    count = get_num_layers_to_build(config, vp_stage, pp_rank)
+    return TransformerBlockSubmodules(
+        layer_specs=[decoder_layer_spec(config, layer, attention_backend) for layer in range(first, first + count)],
+        layer_norm=ZeroCentredRMSNorm,
+    )
+
+
+def decoder_layer_spec(
+    config: Step37TransformerConfig, layer: int, attention_backend: AttentionBackend = "auto"
+) -> ModuleSpec:
+    """Spec of decoder layer `layer` (0-based over the whole model)."""
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=ZeroCentredRMSNorm,
+            self_attention=_attention_spec(attention_backend),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=ZeroCentredRMSNorm,
+            mlp=_feed_forward_spec(config, layer),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _attention_spec(backend: AttentionBackend) -> ModuleSpec:
+    return ModuleSpec(
+        module=HybridSelfAttention,
+        submodules=HybridAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            linear_gate=ColumnParallelLinear,
+            core_attention=core_attention_of(backend),
+            linear_proj=RowParallelLinear,
+            q_layernorm=ZeroCentredRMSNorm,
+            k_layernorm=ZeroCentredRMSNorm,
+        ),
+    )
+
+
+def _feed_forward_spec(config: Step37TransformerConfig, layer: int) -> ModuleSpec | _PartSpec:
+    text = config.step37.text
+    shared_limit = {"limit": text.swiglu_limits_shared[layer]}
+    if layer not in text.moe_layers:
+        return _PartSpec(module=DenseMLP, submodules=_LINEARS, params=shared_limit)
+    return ModuleSpec(
+        module=MoELayer,
+        submodules=MoESubmodules(
+            router=Router,
+            experts=ModuleSpec(module=GroupedExperts, params={"limit": text.swiglu_limits[layer]}),
+            shared_experts=ModuleSpec(module=SharedExpert, submodules=_LINEARS, params=shared_limit),
+        ),
+    )
