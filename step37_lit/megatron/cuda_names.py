@@ -10,11 +10,10 @@ Why each stand-in is there (megatron-core 0.16; `tests/test_cuda_names.py` runs 
 | name | who needs it |
 |---|---|
 | `torch.cuda.current_device` -> `torch.device("cpu")` | router buffers, DDP's gradient buffers, pipeline receives; a device and not a number, so that it also works inside `backward`, where no torch function mode is active |
-| `torch.cuda.Stream`, `Event`, `current_stream`, `default_stream`, `stream` | DDP's gradient reduction and the MoE dispatcher overlap copies with compute on side streams; the CPU has one |
-| `torch.cuda.synchronize` | pipeline communication and timers wait for the device |
-| `torch.cuda.get_rng_state`, `set_rng_state`, `manual_seed` | the tensor-parallel random-number tracker forks the device's generator |
-| `megatron.core.tensor_parallel.random._set_cuda_rng_state` (and `_get_`) | the same tracker reads CUDA's default generators directly |
-| `moe_utils.te_general_gemm` = None | without Transformer Engine the name does not exist; None selects the torch path of the router |
+| `torch.cuda.Stream`, `current_stream` | DDP's gradient reduction and the MoE dispatcher put copies on side streams; the CPU has one |
+| `torch.cuda.synchronize` | pipeline stages wait for the device when they exchange shapes |
+| `torch.cuda.get_rng_state` | the tensor-parallel random-number tracker reads the device's generator |
+| `tensor_parallel.random._get_cuda_rng_state` | under sequence parallelism each block forks the tracker, which reads CUDA's default generators directly (writing is queued by torch until there is CUDA; the model draws no random numbers) |
 | `token_dispatcher.maybe_move_tensor_to_cpu` | splits of an all-to-all must be Python numbers; megatron leaves a CPU tensor as it is |
 
 `cpu_for_cuda` is the context for what no attribute can reach: literal `device="cuda"` and `Tensor.type()` in
@@ -46,34 +45,8 @@ class _Stream:
     def wait_stream(self, stream: _Stream) -> None:
         pass
 
-    def wait_event(self, event: _Event) -> None:
-        pass
-
-    def record_event(self, event: _Event | None = None) -> _Event:
-        return event if event is not None else _Event()
-
-    def __enter__(self) -> _Stream:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        pass
-
-
-class _Event:
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def record(self, stream: _Stream | None = None) -> None:
-        pass
-
-    def wait(self, stream: _Stream | None = None) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
+    def record_event(self) -> _Stream:
+        return self  # an event is only ever waited for
 
 
 _STREAM = _Stream()
@@ -81,10 +54,6 @@ _STREAM = _Stream()
 
 def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
     return torch.get_rng_state()
-
-
-def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-    torch.set_rng_state(state)
 
 
 def _as_number_or_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -97,14 +66,9 @@ def _as_number_or_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool
 TORCH_CUDA_NAMES: dict[str, Any] = {
     "current_device": lambda: CPU,
     "Stream": _Stream,
-    "Event": _Event,
     "current_stream": lambda *args: _STREAM,
-    "default_stream": lambda *args: _STREAM,
-    "stream": lambda stream: contextlib.nullcontext(),
     "synchronize": lambda *args: None,
     "get_rng_state": _get_rng_state,
-    "set_rng_state": _set_rng_state,
-    "manual_seed": torch.manual_seed,
 }
 
 
@@ -116,11 +80,9 @@ def install() -> None:
         setattr(torch.cuda, name, stand_in)
 
     from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from megatron.core.transformer.moe import token_dispatcher
 
     random._get_cuda_rng_state = _get_rng_state
-    random._set_cuda_rng_state = _set_rng_state
-    moe_utils.te_general_gemm = None
     token_dispatcher.maybe_move_tensor_to_cpu = _as_number_or_numpy
 
 

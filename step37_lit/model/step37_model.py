@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -76,6 +77,7 @@ class Step37Model(MegatronModule):
         self.step37 = config.step37
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         # What megatron's schedules and finalize_model_grads ask a model for:
+        self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
         self.vision_model: VisionTower | None = None
         self.align_projector: nn.Linear | None = None
