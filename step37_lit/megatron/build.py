@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_pg_rank
 
 from step37_lit.config import Step37Config
 from step37_lit.megatron import cuda_names
@@ -42,18 +42,19 @@ def build_model(
     """
     layout = layout if layout is not None else ParallelLayout()
     transformer_config = to_megatron(config, layout, dtype)
-    stage, last = parallel_state.get_pipeline_model_parallel_rank(), layout.pipeline - 1
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    stage, last = get_pg_rank(groups.pp), layout.pipeline - 1
     device = torch.device(device) if device is not None else torch.device(torch.cuda.current_device())
     with cuda_names.cpu_for_cuda(), device:
         model = Step37Model(
             language_transformer_config=transformer_config,
             language_transformer_layer_spec=decoder_block_spec(
-                transformer_config, stage, vp_stage, attention_backend=attention_backend
+                transformer_config, groups, vp_stage, attention_backend
             ),
             vision_transformer_config=config.vision,
             pre_process=stage == 0 if pre_process is None else pre_process,
             post_process=stage == last if post_process is None else post_process,
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+            pg_collection=groups,
             vp_stage=vp_stage,
         )
     mark_tensor_parallel_weights(model)

@@ -14,6 +14,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.utils import get_pg_rank
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from step37_lit.megatron.transformer_config import Step37TransformerConfig
 
@@ -33,10 +34,19 @@ class DenseMLP(MLP):
 
     Args:
         limit: Clamp of `swiglu`, or None.
+        tp_group: Ranks that share the matrices.
     """
 
-    def __init__(self, config: Step37TransformerConfig, submodules: MLPSubmodules, limit: float | None):
-        super().__init__(config=config, submodules=submodules, ffn_hidden_size=config.ffn_hidden_size)
+    def __init__(
+        self,
+        config: Step37TransformerConfig,
+        submodules: MLPSubmodules,
+        limit: float | None,
+        tp_group: ProcessGroup,
+    ):
+        super().__init__(
+            config=config, submodules=submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=tp_group
+        )
         self.limit = limit
 
     def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -25,6 +26,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
+from megatron.core.utils import get_pg_rank
 
 from step37_lit.megatron.core_attention import AttentionBackend, core_attention_of
 from step37_lit.megatron.norm import ZeroCentredRMSNorm
@@ -47,21 +49,25 @@ class _PartSpec:
 
 def decoder_block_spec(
     config: Step37TransformerConfig,
-    pp_rank: int = 0,
+    pg_collection: ProcessGroupCollection,
     vp_stage: int | None = None,
     attention_backend: AttentionBackend = "auto",
 ) -> TransformerBlockSubmodules:
-    """Specs of the layers that pipeline stage `pp_rank` (and virtual stage `vp_stage`) holds."""
-    first = get_transformer_layer_offset(config, vp_stage, pp_rank)
-    count = get_num_layers_to_build(config, vp_stage, pp_rank)
+    """Specs of the layers that this rank's pipeline stage (and virtual stage `vp_stage`) holds."""
+    stage = get_pg_rank(pg_collection.pp)
+    first = get_transformer_layer_offset(config, vp_stage, stage)
+    layers = range(first, first + get_num_layers_to_build(config, vp_stage, stage))
     return TransformerBlockSubmodules(
-        layer_specs=[decoder_layer_spec(config, layer, attention_backend) for layer in range(first, first + count)],
+        layer_specs=[decoder_layer_spec(config, layer, pg_collection, attention_backend) for layer in layers],
         layer_norm=ZeroCentredRMSNorm,
     )
 
 
 def decoder_layer_spec(
-    config: Step37TransformerConfig, layer: int, attention_backend: AttentionBackend = "auto"
+    config: Step37TransformerConfig,
+    layer: int,
+    pg_collection: ProcessGroupCollection,
+    attention_backend: AttentionBackend = "auto",
 ) -> ModuleSpec:
     """Spec of decoder layer `layer` (0-based over the whole model)."""
     return ModuleSpec(
@@ -71,7 +77,7 @@ def decoder_layer_spec(
             self_attention=_attention_spec(attention_backend),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=ZeroCentredRMSNorm,
-            mlp=_feed_forward_spec(config, layer),
+            mlp=_feed_forward_spec(config, layer, pg_collection),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -91,11 +97,13 @@ def _attention_spec(backend: AttentionBackend) -> ModuleSpec:
     )
 
 
-def _feed_forward_spec(config: Step37TransformerConfig, layer: int) -> ModuleSpec | _PartSpec:
+def _feed_forward_spec(
+    config: Step37TransformerConfig, layer: int, pg_collection: ProcessGroupCollection
+) -> ModuleSpec | _PartSpec:
     text = config.step37.text
     shared_limit = {"limit": text.swiglu_limits_shared[layer]}
     if layer not in text.moe_layers:
-        return _PartSpec(module=DenseMLP, submodules=_LINEARS, params=shared_limit)
+        return _PartSpec(module=DenseMLP, submodules=_LINEARS, params={**shared_limit, "tp_group": pg_collection.tp})
     return ModuleSpec(
         module=MoELayer,
         submodules=MoESubmodules(

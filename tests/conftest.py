@@ -1,0 +1,30 @@
+"""Shared fixtures: threads, seed, one process with megatron's parallel state."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+SEED = int(os.environ.get("STEP37_TEST_SEED", "20261124"))
+
+
+def pytest_report_header() -> str:
+    return f"seed: {SEED} (STEP37_TEST_SEED changes it)"
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[None]:
+    """This process as a world of its own."""
+    from step37_lit.megatron import process
+
+    process.initialize()
+    yield
+    process.shutdown()
