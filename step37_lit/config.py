@@ -23,7 +23,7 @@ class ConfigError(ValueError):
     """A mistake of the user's: one line that names the field, what was expected and what was found."""
 
     def __init__(self, field_name: str, expected: object, found: object, file: str | Path | None = None):
-        self.field_name, self.expected, self.found = field_name, expected, found
+        self.field_name, self.expected, self.found, self.file = field_name, expected, found, file
         where = f"{file}: " if file is not None else ""
         super().__init__(f"{where}{field_name}: expected {expected}, found {found!r}")
 
@@ -282,7 +282,7 @@ class TokenIds:
         patch_start: Opens a multicrop patch.
         patch_newline: Ends a row of multicrop patches.
         patch_end: Closes a multicrop patch.
-        bos: Begins a sequence.
+        bos: Begins a sequence; None where the model has no such token.
         eos: Any of these ends a sequence.
     """
 
@@ -292,7 +292,7 @@ class TokenIds:
     patch_start: int = 128003
     patch_newline: int = 128004
     patch_end: int = 128005
-    bos: int = 0
+    bos: int | None = 0
     eos: tuple[int, ...] = (1, 2, 128007)
 
 
@@ -315,7 +315,8 @@ class Step37Config:
     def __post_init__(self) -> None:
         named = {f.name: getattr(self.tokens, f.name) for f in dataclasses.fields(TokenIds)}
         for name, value in named.items():
-            for token in value if isinstance(value, tuple) else (value,):
+            ids = value if isinstance(value, tuple) else () if value is None else (value,)
+            for token in ids:
                 require(0 <= token < self.text.vocab_size, f"tokens.{name}", f"in 0..{self.text.vocab_size - 1}", token)
         image_tokens = [named[n] for n in ("im_start", "im_patch", "im_end", "patch_start", "patch_newline", "patch_end")]
         require(len(set(image_tokens)) == 6, "tokens", "six different image tokens", image_tokens)

@@ -15,6 +15,10 @@ def pytest_report_header() -> str:
     return f"seed: {SEED} (STEP37_TEST_SEED changes it)"
 
 
+# Tiny tensors gain nothing from more threads, and lose much where the cores are shared.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(SEED)

@@ -1,0 +1,43 @@
+# Every target works from a bare clone: it makes .venv where absent and installs what the target needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+RECIPE ?= recipes/scenes_tiny.yaml
+
+.PHONY: fit test test-slow checks mutations clean
+
+# The main job: a small Step-3.7 learns to describe rendered pictures.
+fit: $(VENV)/.run
+	$(BIN)/python -m step37_lit fit --config $(RECIPE) $(ARGS)
+
+# Everything that takes seconds; `make test-slow` runs the rest.
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# Format, lint, types.
+checks: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Table of what the parity tests notice when a feature is taken out of the model.
+mutations: $(VENV)/.dev
+	$(BIN)/python -W ignore -m tests.parity.mutations
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: $(BIN)/python setup.cfg pyproject.toml constraints.txt
+	$(INSTALL) .
+	touch $@
+
+$(VENV)/.dev: $(BIN)/python setup.cfg pyproject.toml constraints.txt
+	$(INSTALL) ".[test,dev]"
+	touch $@ $(VENV)/.run

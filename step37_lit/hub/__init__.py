@@ -1,0 +1,1 @@
+"""Hub folders: `config.json`, the name table of the weights, and loading."""

@@ -1,0 +1,169 @@
+"""`config.json` of a hub folder -> `Step37Config`.
+
+Two layouts of the same facts are read, the hub's own and the one that `transformers` writes; they are told apart by
+`text_config.rope_parameters`, which only the latter has. Fields that the model computes with are taken; fields whose
+meaning is fixed in the model (a gate a head, sigmoid router, ...) must have the one supported value; fields without
+influence on what is computed stand in the `*_IRRELEVANT` lists; every other field is an error.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from step37_lit.config import ConfigError, Step37Config, TokenIds, VisionConfig
+from step37_lit.hub.fields import JsonFields, boolean, integer, integers, number, read_json_object
+from step37_lit.hub.text_fields import read_text_config
+
+ROOT_IRRELEVANT = (
+    "architectures", "auto_map", "dtype", "model_type", "pad_token_id", "torch_dtype", "transformers_version",
+)  # fmt: skip
+# The table of positions follows from image_size and patch_size, whatever max_position_embeddings says.
+VISION_IRRELEVANT = ("dtype", "max_position_embeddings", "model_type", "torch_dtype", "transformers_version")
+
+MULTICROP_SIDE = 504  # pixels of a multicrop patch
+IMAGE_TOKEN_NAMES = ("im_start", "im_patch", "im_end", "patch_start", "patch_newline", "patch_end")
+
+
+def read_hub_config(path: str | Path) -> Step37Config:
+    """Reads a hub folder or its `config.json`.
+
+    Token ids: `image_token_id` is `<im_patch>`. The other five image tokens come from fields named
+    `im_start_token_id`, `im_end_token_id`, `patch_start_token_id`, ... where they are there, else from the added
+    tokens of a `tokenizer.json` beside the file, else they stand at the published distances from `<im_patch>`
+    (`<im_start>` one before it, the others behind it, see `TokenIds`). Without `bos_token_id` the model has no
+    beginning token (None), without `eos_token_id` no ending ones.
+
+    Raises:
+        ConfigError: a field is unknown, missing or inconsistent; names file and field.
+        FileNotFoundError: there is no such file.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "config.json"
+    root = JsonFields(read_json_object(file), "", file)
+    try:
+        return _read_root(root)
+    except ConfigError as error:
+        if error.file is not None:
+            raise
+        # raised by the config's own checks, which do not know of files
+        raise ConfigError(error.field_name, error.expected, error.found, file) from error
+
+
+def _read_root(root: JsonFields) -> Step37Config:
+    vision = _read_vision(root.section("vision_config"))
+    text_fields = root.section("text_config")
+    text = read_text_config(text_fields, root)
+    tokens = _read_tokens(root, text_fields)
+    root.fixed(
+        tie_word_embeddings=False,
+        im_start_token="<im_start>",
+        im_patch_token="<im_patch>",
+        im_end_token="<im_end>",
+        image_token_len=vision.num_tokens(vision.image_size),
+        understand_projector_stride=2,
+        use_im_start_end=(True, "true"),
+        vision_select_layer=-1,
+    )
+    root.fixed(hidden_size=text.hidden_size)  # some files repeat the decoder's width at the top
+    if root.has("patch_token_len"):
+        root.fixed(patch_token_len=vision.num_tokens(MULTICROP_SIDE))
+    projector_bias = root.take("projector_bias", boolean, False)
+    text_fields.done()
+    root.done(ROOT_IRRELEVANT)
+    return Step37Config(vision=vision, text=text, tokens=tokens, projector_bias=projector_bias)
+
+
+def _read_vision(fields: JsonFields) -> VisionConfig:
+    default = VisionConfig()
+    width = fields.first_of(("width", "hidden_size"), integer)
+    vision = VisionConfig(
+        width=width,
+        num_layers=fields.first_of(("layers", "num_hidden_layers"), integer),
+        num_heads=fields.first_of(("heads", "num_attention_heads"), integer),
+        ffn_hidden_size=_vision_ffn(fields, width),
+        image_size=fields.take("image_size", integer),
+        patch_size=fields.take("patch_size", integer),
+        layer_norm_eps=fields.take("layer_norm_eps", number, default.layer_norm_eps),
+        layer_scale_init=fields.first_of(("ls_init_value", "layer_scale_init_value"), number, default.layer_scale_init),
+        rope_theta=_vision_theta(fields),
+    )
+    fields.fixed(
+        attention_dropout=(0.0, 0),
+        hidden_act="quick_gelu",
+        num_channels=3,
+        output_dim=vision.output_dim,
+        pool_type="none",
+        use_abs_posemb=True,
+        use_cls_token=False,
+        use_ln_post=False,
+        use_ln_pre=True,
+        use_rope2d=True,
+    )
+    fields.done(VISION_IRRELEVANT)
+    return vision
+
+
+def _vision_ffn(fields: JsonFields, width: int) -> int:
+    """From `intermediate_size`, or from `mlp_ratio` x width, which is not exact in floating point."""
+    if not fields.has("mlp_ratio"):
+        fields.read.add("mlp_ratio")
+        return fields.take("intermediate_size", integer)
+    ratio = fields.take("mlp_ratio", number)
+    size = fields.take("intermediate_size", integer, round(width * ratio))
+    fields.require(abs(size - width * ratio) < 1, "intermediate_size", f"mlp_ratio x width = {width * ratio:g}", size)
+    return size
+
+
+def _vision_theta(fields: JsonFields) -> float:
+    theta = fields.take("rope_theta", number, VisionConfig().rope_theta)
+    if fields.has("rope_parameters"):
+        rope = fields.section("rope_parameters")
+        rope.fixed(rope_type="axial")
+        theta = rope.take("rope_theta", number)
+        rope.done()
+    return theta
+
+
+def _read_tokens(root: JsonFields, text_fields: JsonFields) -> TokenIds:
+    patch = root.take("image_token_id", integer)
+    bos = _either(root, text_fields, "bos_token_id", integer, None)
+    eos = _either(root, text_fields, "eos_token_id", integers, ())
+    return TokenIds(bos=bos, eos=eos, **_image_tokens(root, patch))
+
+
+def _either(root: JsonFields, text_fields: JsonFields, name: str, convert: Any, default: Any) -> Any:
+    """A field of the root or of its text part; both where both have it must agree."""
+    outer, inner = root.take(name, convert, None), text_fields.take(name, convert, None)
+    if outer is not None and inner is not None:
+        root.require(outer == inner, name, f"{inner!r} as {text_fields.prefix}{name}", outer)
+    found = inner if outer is None else outer
+    return default if found is None else found
+
+
+def _image_tokens(root: JsonFields, patch: int) -> dict[str, int]:
+    explicit = {n: root.take(f"{n}_token_id", integer, None) for n in IMAGE_TOKEN_NAMES}
+    published = TokenIds()
+    tokenizer = root.file.parent / "tokenizer.json"
+    if tokenizer.is_file():
+        base = _added_tokens(tokenizer)
+        if base["im_patch"] != patch:
+            raise ConfigError(
+                "image_token_id", f"{base['im_patch']} (<im_patch> of {tokenizer.name})", patch, root.file
+            )
+    else:
+        distance = patch - published.im_patch
+        base = {n: getattr(published, n) + distance for n in IMAGE_TOKEN_NAMES}
+    ids = {n: base[n] if explicit[n] is None else explicit[n] for n in IMAGE_TOKEN_NAMES}
+    root.require(ids["im_patch"] == patch, "im_patch_token_id", f"{patch} as image_token_id", ids["im_patch"])
+    return ids
+
+
+def _added_tokens(tokenizer: Path) -> dict[str, int]:
+    fields = JsonFields(read_json_object(tokenizer), "", tokenizer)
+    entries = fields.take("added_tokens", lambda f, n, v: v)
+    ids = {entry["content"]: entry["id"] for entry in entries}
+    for name in IMAGE_TOKEN_NAMES:
+        fields.require(f"<{name}>" in ids, "added_tokens", f"a token <{name}>", sorted(ids)[:10])
+    return {name: ids[f"<{name}>"] for name in IMAGE_TOKEN_NAMES}

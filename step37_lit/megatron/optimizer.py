@@ -1,0 +1,182 @@
+"""megatron's optimizer for Lightning: parameter groups, and a torch `Optimizer` that forwards to it.
+
+megatron-core falls back to torch's AdamW where neither Apex nor Transformer Engine is there, and its own
+`state_dict` then has three faults: it refuses an optimizer that has not stepped, it forgets `step`, and after loading
+all parameters share one `step` tensor. Here the state of the inner torch optimizers is saved and loaded itself, so
+none of that code runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
+from torch import Tensor
+
+from step37_lit.config import ConfigError, require
+from step37_lit.megatron import cuda_names
+
+
+@dataclass(frozen=True)
+class AdamWSettings:
+    """AdamW with decoupled weight decay (arXiv:1711.05101).
+
+    Args:
+        lr: Peak learning rate; a scheduler multiplies it.
+        weight_decay: On matrices; norms, biases and gains (one-dimensional parameters) have none.
+        betas: Decay of the averages of the gradient and of its square.
+        eps: Added to the root of the second average.
+        lr_factors: Factor on `lr` by pattern of the parameter's name (`vision_model.*`); the first match counts.
+    """
+
+    lr: float
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    lr_factors: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "model.lr", "a positive number", self.lr)
+        require(self.weight_decay >= 0, "model.weight_decay", "0 or more", self.weight_decay)
+        require(all(0 <= beta < 1 for beta in self.betas), "model.betas", "in [0, 1)", self.betas)
+        require(self.eps > 0, "model.eps", "a positive number", self.eps)
+        for pattern, factor in self.lr_factors.items():
+            require(factor > 0, f"model.lr_factors[{pattern}]", "a positive number (or freeze the part)", factor)
+
+
+class ForwardingOptimizer(torch.optim.Optimizer):
+    """Stands in Lightning's list for megatron's optimizer.
+
+    `param_groups` are megatron's own dictionaries, so a torch scheduler that writes `lr` reaches megatron, and
+    `LearningRateMonitor` reads what is used. Gradients are zeroed where they are made (the schedule), so `zero_grad`
+    does nothing: Lightning calls it between forward and backward, which megatron has already run both.
+    """
+
+    def __init__(self, ddp: DistributedDataParallel, settings: AdamWSettings, clip_grad: float, dtype: torch.dtype):
+        _check_patterns(ddp, settings.lr_factors)
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=0.0,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            adam_eps=settings.eps,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=True,
+            clip_grad=clip_grad,
+        )
+        with cuda_names.cpu_for_cuda():
+            self.megatron = get_megatron_optimizer(config, [ddp], _overrides(settings))
+        self.grad_norm: float | None = None
+        super().__init__([{"params": []}], {})
+        self._share_groups()
+        for group in self.param_groups:
+            group["lr"] = group["max_lr"]
+            group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+            group["fused"] = True  # one kernel for a group, where megatron's choice is a loop over parameters
+
+    @property
+    def inner(self) -> list[torch.optim.Optimizer]:
+        """The torch optimizers that hold this rank's shards; none where all parameters are frozen."""
+        chained = self.megatron.chained_optimizers
+        return [optimizer.optimizer for optimizer in chained if optimizer.optimizer is not None]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Runs the closure (Lightning's forward and backward), then clips and updates."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with cuda_names.cpu_for_cuda():
+            _, self.grad_norm, _ = self.megatron.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing; see the class."""
+
+    def clear_gradients(self) -> None:
+        """Zeroes the gradients of this rank's shards."""
+        self.megatron.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's share: the inner optimizers' states, and the fp32 main parameters where the model is not fp32."""
+        return {
+            "inner": [optimizer.state_dict() for optimizer in self.inner],
+            "main_params": [[p.detach().clone() for p in shards] for shards in self._main_params()],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave on the same rank of the same layout.
+
+        Raises:
+            ConfigError: the state belongs to other parameters.
+        """
+        for optimizer, state in zip(self.inner, state_dict["inner"], strict=True):
+            _check_shapes(optimizer, state)
+            optimizer.load_state_dict(state)
+        self._share_groups()
+        with torch.no_grad():
+            for shards, saved in zip(self._main_params(), state_dict["main_params"], strict=True):
+                for shard, value in zip(shards, saved, strict=True):
+                    shard.copy_(value)
+
+    def take_over_model_weights(self) -> None:
+        """Copies the model's weights to the fp32 main parameters, after they were loaded from elsewhere."""
+        self.megatron.reload_model_params()
+
+    def _main_params(self) -> list[list[Tensor]]:
+        chained = [optimizer for optimizer in self.megatron.chained_optimizers if optimizer.optimizer is not None]
+        return [
+            [shard for group in optimizer.shard_fp32_from_float16_groups for shard in group if shard is not None]
+            for optimizer in chained
+        ]
+
+    def _share_groups(self) -> None:
+        self.param_groups = self.megatron.param_groups
+
+
+def _name(name: str) -> str:
+    return name.removeprefix("module.")
+
+
+def _check_patterns(ddp: DistributedDataParallel, lr_factors: Mapping[str, float]) -> None:
+    names = [_name(name) for name, _ in ddp.named_parameters()]
+    for pattern in lr_factors:
+        # A pipeline stage holds only some of the parameters.
+        if ddp.config.pipeline_model_parallel_size == 1 and not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(f"model.lr_factors[{pattern}]", "a pattern that matches a parameter's name", pattern)
+
+
+def _overrides(settings: AdamWSettings) -> dict[ParamKey, dict[str, float]]:
+    """megatron's description of the groups: no decay on one-dimensional parameters, a learning rate by name."""
+    no_decay = ParamWithNamePredicate(name="no_decay", fn=lambda param, name: param.dim() <= 1)
+    overrides: dict[ParamKey, dict[str, float]] = {ParamKey(with_name_predicate=no_decay): {"wd_mult": 0.0}}
+    patterns = list(settings.lr_factors)
+
+    def first_match(name: str) -> str | None:
+        return next((pattern for pattern in patterns if fnmatchcase(_name(name), pattern)), None)
+
+    for pattern, factor in settings.lr_factors.items():
+        predicate = ParamWithNamePredicate(
+            name=f"lr of {pattern}", fn=lambda param, name, pattern=pattern: first_match(name) == pattern
+        )
+        overrides[ParamKey(with_name_predicate=predicate)] = {"max_lr": settings.lr * factor}
+    return overrides
+
+
+def _check_shapes(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    own = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]]
+    indices = [i for group in state["param_groups"] for i in group["params"]]
+    require(len(indices) == len(own), "checkpoint: optimizer parameters", len(own), len(indices))
+    for index, shape in zip(indices, own, strict=True):
+        if index in state["state"]:  # none before the first step
+            found = tuple(state["state"][index]["exp_avg"].shape)
+            require(found == shape, f"checkpoint: optimizer state {index}", f"shape {shape}", found)

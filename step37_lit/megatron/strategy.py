@@ -1,0 +1,247 @@
+"""`MegatronStrategy`: Lightning's Trainer on megatron-core's parallelism.
+
+What happens in one global step, in Lightning's order:
+
+    strategy.optimizer_step -> ForwardingOptimizer.step(closure)
+      |- closure: LightningModule.training_step(list of packs)
+      |    `- strategy.train_step          zero gradients, forward and backward of all microbatches, reduce, normalise
+      |           zero_grad, backward      nothing: done already
+      `- megatron's step                   clip by the global norm, AdamW on this rank's shard, gather the weights
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from torch import Tensor
+from torch.optim import Optimizer
+
+from step37_lit.batch import PackedBatch
+from step37_lit.config import ConfigError, Step37Config, require
+from step37_lit.megatron import cuda_names, process, random_state, schedule
+from step37_lit.megatron.layout import ParallelLayout
+from step37_lit.megatron.lightning_plugins import MegatronPrecision, StagedCheckpointIO
+from step37_lit.megatron.optimizer import AdamWSettings, ForwardingOptimizer
+
+
+class MegatronStrategy(DDPStrategy):
+    """Trains a `Step37LitModule` over megatron's parallel groups.
+
+    One process needs no launcher, so notebooks and debuggers work; with more devices Lightning's launcher or torchrun
+    starts the ranks. Microbatches are the packs in the list that the loader hands over, not
+    `accumulate_grad_batches`; clipping is the Trainer's `gradient_clip_val`, by the norm over all ranks.
+
+    Args:
+        tensor: Ranks that share each matrix.
+        pipeline: Pipeline stages.
+        virtual_pipeline: Model chunks of each stage (interleaved schedule), or None for one.
+        expert: Ranks that share the routed experts.
+        context: Ranks that share each pack.
+        sequence_parallel: Split the residual stream over the tensor ranks between matrices.
+        seed: Of megatron's random-number generators.
+
+    The other arguments are Lightning's own and set by the Trainer.
+    """
+
+    def __init__(
+        self,
+        tensor: int = 1,
+        pipeline: int = 1,
+        virtual_pipeline: int | None = None,
+        expert: int = 1,
+        context: int = 1,
+        sequence_parallel: bool = False,
+        seed: int = 0,
+        accelerator: Any = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: Any = None,
+        precision_plugin: Precision | None = None,
+    ):
+        self.layout = ParallelLayout(tensor, pipeline, virtual_pipeline, expert, context, sequence_parallel)
+        self.seed = seed
+        self.ddp: DistributedDataParallel | None = None
+        self._clip_grad = 0.0
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=StagedCheckpointIO(),
+            precision_plugin=precision_plugin,
+        )
+
+    # ---- what callbacks and modules may ask ----
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters: fp32, or bf16 (with fp32 main parameters in the optimizer)."""
+        return self.precision_plugin.dtype
+
+    @property
+    def data_parallel_rank(self) -> int:
+        return parallel_state.get_data_parallel_rank()
+
+    @property
+    def data_parallel_size(self) -> int:
+        return parallel_state.get_data_parallel_world_size()
+
+    @property
+    def tensor_rank(self) -> int:
+        return parallel_state.get_tensor_model_parallel_rank()
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes losses and logits."""
+        return parallel_state.is_pipeline_last_stage()
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Which share of the data is this rank's: all ranks that share a pack have the same."""
+        return {"num_replicas": self.data_parallel_size, "rank": self.data_parallel_rank}
+
+    @property
+    def precision_plugin(self) -> MegatronPrecision:
+        return MegatronPrecision.from_flag(self._precision_plugin)
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        self._precision_plugin = None if plugin is None else MegatronPrecision.from_flag(plugin)
+
+    def gather_from_data_ranks(self, value: Any) -> list[Any]:
+        """`value` of each data-parallel rank of this rank's group, in their order."""
+        values: list[Any] = [None] * self.data_parallel_size
+        dist.all_gather_object(values, value, group=parallel_state.get_data_parallel_group())
+        return values
+
+    def broadcast_from_last_stage(self, value: Any) -> Any:
+        """`value` of the last pipeline stage, on every stage."""
+        group = parallel_state.get_pipeline_model_parallel_group()
+        if dist.get_world_size(group) == 1:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+        return held[0]
+
+    # ---- steps, called by the LightningModule ----
+
+    def train_step(self, microbatches: Sequence[PackedBatch]) -> schedule.StepResult:
+        """Forward and backward of one global step; the optimizer's step follows from Lightning."""
+        assert self.ddp is not None, "train_step outside of fit"
+        self.ddp.zero_grad_buffer()
+        for optimizer in self.optimizers:
+            optimizer.clear_gradients()
+        return schedule.train_step(self.ddp, microbatches)
+
+    def evaluate_step(self, microbatches: Sequence[PackedBatch]) -> list[tuple[PackedBatch, Tensor, Tensor]]:
+        """Teacher-forced losses and most likely tokens on the last stage; see `schedule.evaluate_step`."""
+        return schedule.evaluate_step(self.lightning_module.model, microbatches)
+
+    def build_optimizer(self, settings: AdamWSettings) -> ForwardingOptimizer:
+        """megatron's distributed optimizer for the model, to be returned by `configure_optimizers`."""
+        assert self.ddp is not None, "build_optimizer outside of fit"
+        return ForwardingOptimizer(self.ddp, settings, self._clip_grad, self.dtype)
+
+    # ---- hooks of Lightning ----
+
+    def check(self, config: Step37Config, trainer: pl.Trainer) -> None:
+        """Refuses what cannot work, before any process starts or any group is made.
+
+        Raises:
+            ConfigError: names the Trainer's or the strategy's field.
+        """
+        self.layout.validate(config, self.num_nodes * self.num_processes)
+        accumulate = trainer.accumulate_grad_batches
+        advice = "1 (the loader hands over the microbatches of a step as a list: set them in the data module)"
+        require(accumulate == 1, "trainer.accumulate_grad_batches", advice, accumulate)
+        algorithm = trainer.gradient_clip_algorithm
+        require(algorithm in (None, "norm"), "trainer.gradient_clip_algorithm", "norm", algorithm and algorithm.value)
+        if self.num_nodes * self.num_processes > 1:
+            wraps = trainer._accelerator_connector.use_distributed_sampler
+            advice = "false (the data module gives each rank its share; Lightning would halve it again)"
+            require(not wraps, "trainer.use_distributed_sampler", advice, wraps)
+        is_split = self.layout.model_parallel_size > 1 or self.layout.expert > 1
+        saves = any(isinstance(callback, Checkpoint) for callback in trainer.callbacks)
+        if is_split and saves and trainer.state.fn == TrainerFn.FITTING:
+            advice = "false (checkpoints of a model that is split over ranks are not written yet)"
+            raise ConfigError("trainer.enable_checkpointing", advice, True)
+
+    def _configure_launcher(self) -> None:
+        # Without a launcher a single process also runs in a notebook.
+        if self.num_nodes * self.num_processes > 1:
+            super()._configure_launcher()
+
+    def setup_environment(self) -> None:
+        module = self.lightning_module
+        self.check(module.config, module.trainer)
+        super().setup_environment()
+
+    def setup_distributed(self) -> None:
+        if self.num_nodes * self.num_processes > 1:
+            super().setup_distributed()
+        else:
+            self.set_world_ranks()
+        process.initialize(self.layout, self.seed)
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        self.accelerator.setup(trainer)
+        self.model = self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._clip_grad = float(trainer.gradient_clip_val or 0.0)
+            self._wrap_model()
+            self.setup_optimizers(trainer)
+            for optimizer in self.optimizers:
+                if not isinstance(optimizer, ForwardingOptimizer):
+                    advice = "trainer.strategy.build_optimizer(AdamWSettings(...))"
+                    raise ConfigError("configure_optimizers", advice, type(optimizer).__name__)
+                optimizer.take_over_model_weights()
+        self.setup_precision_plugin()
+
+    def _wrap_model(self) -> None:
+        """megatron's DDP: contiguous buffers of parameters and gradients, reduce-scatter over data-parallel ranks."""
+        model = self.lightning_module.model
+        ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+        with cuda_names.cpu_for_cuda():
+            self.ddp = DistributedDataParallel(model.config, ddp_config, model)
+        model.config.finalize_model_grads_func = finalize_model_grads
+        model.config.grad_scale_func = None
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Only the hooks: the gradients are there already."""
+        module = self.lightning_module
+        self.precision_plugin.pre_backward(closure_loss, module)
+        return self.precision_plugin.post_backward(closure_loss, module)
+
+    # ---- checkpoints: one file, each data-parallel rank's share in it ----
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Every data-parallel rank's share, gathered; all ranks must call it."""
+        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return {"data_parallel_ranks": self.gather_from_data_ranks(inner.state_dict())}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(self._own_share(state["data_parallel_ranks"]))
+
+    def random_states(self) -> list[dict[str, Any]]:
+        """Generators of every data-parallel rank; all ranks must call it."""
+        return self.gather_from_data_ranks(random_state.collect())
+
+    def restore_random_state(self, states: list[dict[str, Any]]) -> None:
+        random_state.restore(self._own_share(states))
+
+    def _own_share(self, shares: list[Any]) -> Any:
+        size = self.data_parallel_size
+        advice = f"{size}, as this run has (another number cannot be resumed yet)"
+        require(len(shares) == size, "checkpoint: data-parallel ranks", advice, len(shares))
+        return shares[self.data_parallel_rank]
