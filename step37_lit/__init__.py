@@ -23,7 +23,7 @@ _PUBLIC = {
     "load_hub_model": "step37_lit.hub.load",
 }
 
-__all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604
+__all__ = [*_PUBLIC, "__version__"]
 __version__ = "0.1.0"
 
 

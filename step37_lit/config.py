@@ -85,7 +85,9 @@ class VisionConfig:
     def __post_init__(self) -> None:
         for name in ("width", "num_layers", "num_heads", "ffn_hidden_size", "image_size", "patch_size"):
             require(getattr(self, name) > 0, f"vision.{name}", "a positive number", getattr(self, name))
-        require(self.width % self.num_heads == 0, "vision.num_heads", f"a divisor of width {self.width}", self.num_heads)
+        require(
+            self.width % self.num_heads == 0, "vision.num_heads", f"a divisor of width {self.width}", self.num_heads
+        )
         require(self.head_dim % 4 == 0, "vision.width / num_heads", "a multiple of 4 (2-D rotary pairs)", self.head_dim)
         require(
             self.image_size % self.patch_size == 0,
@@ -257,10 +259,17 @@ class TextConfig:
     def _check_attention(self) -> None:
         for name in ("num_heads", "num_sliding_heads"):
             heads = getattr(self, name)
-            require(heads % self.num_kv_groups == 0, f"text.{name}", f"a multiple of num_kv_groups {self.num_kv_groups}", heads)
+            require(
+                heads % self.num_kv_groups == 0,
+                f"text.{name}",
+                f"a multiple of num_kv_groups {self.num_kv_groups}",
+                heads,
+            )
         for kind in ATTENTION_KINDS:
             rotary = self.rotary_dim(kind)
-            require(rotary > 0 and rotary % 2 == 0, f"text.head_dim x rotary_factor of {kind}", "even and positive", rotary)
+            require(
+                rotary > 0 and rotary % 2 == 0, f"text.head_dim x rotary_factor of {kind}", "even and positive", rotary
+            )
 
     def _check_experts(self) -> None:
         for name in ("num_experts", "expert_ffn_size", "shared_expert_ffn_size"):
@@ -268,7 +277,9 @@ class TextConfig:
         require(1 <= self.top_k <= self.num_experts, "text.top_k", f"in 1..{self.num_experts}", self.top_k)
         # With a single chosen expert normalisation would make every weight 1; megatron leaves the score instead.
         require(self.top_k > 1, "text.top_k", "2 or more", self.top_k)
-        require(self.router_bias_update_rate >= 0, "text.router_bias_update_rate", "0 or more", self.router_bias_update_rate)
+        require(
+            self.router_bias_update_rate >= 0, "text.router_bias_update_rate", "0 or more", self.router_bias_update_rate
+        )
 
 
 @dataclass(frozen=True)
@@ -318,7 +329,9 @@ class Step37Config:
             ids = value if isinstance(value, tuple) else () if value is None else (value,)
             for token in ids:
                 require(0 <= token < self.text.vocab_size, f"tokens.{name}", f"in 0..{self.text.vocab_size - 1}", token)
-        image_tokens = [named[n] for n in ("im_start", "im_patch", "im_end", "patch_start", "patch_newline", "patch_end")]
+        image_tokens = [
+            named[n] for n in ("im_start", "im_patch", "im_end", "patch_start", "patch_newline", "patch_end")
+        ]
         require(len(set(image_tokens)) == 6, "tokens", "six different image tokens", image_tokens)
 
     @classmethod

@@ -29,7 +29,6 @@ from step37_lit.megatron import cuda_names, process
 from step37_lit.megatron.build import build_model
 from step37_lit.megatron.layout import ParallelLayout
 
-
 LAYOUTS = {
     "one rank": ParallelLayout(),
     "PP2": ParallelLayout(pipeline=2),
@@ -77,7 +76,7 @@ def stand_ins() -> dict[str, tuple[object, str]]:
 
 
 def run_without(name: str | None) -> str:
-    """"ok" if the piece runs in every layout with one stand-in taken back, else the layout and the error."""
+    """ "ok" if the piece runs in every layout with one stand-in taken back, else the layout and the error."""
     for label, layout in LAYOUTS.items():
         ranks = max(layout.pipeline, layout.expert, layout.tensor)
         with tempfile.TemporaryDirectory() as folder:

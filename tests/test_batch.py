@@ -1,4 +1,4 @@
-"""`PackedBatch`: the shift inside samples, borders, padding, order of images, attribute words, and what `validate` sees."""
+"""`PackedBatch`: the shift inside samples, borders, padding, order of images, attribute words, `validate`."""
 
 import dataclasses
 
@@ -17,14 +17,17 @@ def sample(key: str, text: list[int], image_values: tuple[int, ...] = (), side: 
     mask = torch.zeros(len(ids))
     mask[3 * len(image_values) :] = 1
     images = [
-        ImageForInsert(TOKENS.im_start, torch.full((1, 3, side, side), value, dtype=torch.uint8)) for value in image_values
+        ImageForInsert(TOKENS.im_start, torch.full((1, 3, side, side), value, dtype=torch.uint8))
+        for value in image_values
     ]
     return Sample(key, ids, mask, images)
 
 
 @pytest.fixture
 def batch() -> PackedBatch:
-    return PackedBatch.from_samples([sample("a", [20, 21, 22], (1,)), sample("b", [30, 31]), sample("c", [40], (2, 3))], pad_to=20)
+    return PackedBatch.from_samples(
+        [sample("a", [20, 21, 22], (1,)), sample("b", [30, 31]), sample("c", [40], (2, 3))], pad_to=20
+    )
 
 
 def test_labels_never_cross_a_border(batch):
@@ -45,7 +48,12 @@ def test_positions_padding_and_counts(batch):
 
 
 def test_images_of_one_size_share_a_tensor_and_keep_their_order():
-    samples = [sample("a", [20], (1, 2)), sample("b", [21], (3,)), sample("c", [22], (4,), side=56), sample("d", [23], (5,))]
+    samples = [
+        sample("a", [20], (1, 2)),
+        sample("b", [21], (3,)),
+        sample("c", [22], (4,), side=56),
+        sample("d", [23], (5,)),
+    ]
     batch = PackedBatch.from_samples(samples)
     assert [tuple(image.images.shape) for image in batch.images] == [(3, 3, 28, 28), (1, 3, 56, 56), (1, 3, 28, 28)]
     assert [int(v) for image in batch.images for v in image.images[:, 0, 0, 0]] == [1, 2, 3, 4, 5]
@@ -69,7 +77,10 @@ def test_attribute_spans_point_at_the_predicting_positions():
     one.attribute_spans = {"color": torch.tensor([[1, 2]])}
     two.attribute_spans = {"color": torch.tensor([[1, 3]]), "shape": torch.tensor([[3, 4]])}
     batch = PackedBatch.from_samples([one, two], pad_to=10)
-    words = {kind: [batch.labels[0, a:b].tolist() for a, b in spans.tolist()] for kind, spans in batch.attribute_spans.items()}
+    words = {
+        kind: [batch.labels[0, a:b].tolist() for a, b in spans.tolist()]
+        for kind, spans in batch.attribute_spans.items()
+    }
     assert words == {"color": [[21], [31, 32]], "shape": [[33]]}
     two.attribute_spans = {"color": torch.tensor([[0, 1]])}
     with pytest.raises(ConfigError, match="sample b: attribute_spans"):
@@ -91,7 +102,10 @@ def test_to_moves_every_tensor(batch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cu_seqlens": torch.tensor([0, 6, 8, 15, 19], dtype=torch.int32)}, r"cu_seqlens\[-1\]: expected 20 .* found 19"),
+        (
+            {"cu_seqlens": torch.tensor([0, 6, 8, 15, 19], dtype=torch.int32)},
+            r"cu_seqlens\[-1\]: expected 20 .* found 19",
+        ),
         ({"cu_seqlens": torch.tensor([0, 6, 6, 15, 20], dtype=torch.int32)}, "ascending"),
         ({"cu_seqlens": torch.tensor([0, 6, 8, 15, 20])}, "torch.int32"),
         ({"max_seqlen": 8}, "max_seqlen: expected 7, found 8"),

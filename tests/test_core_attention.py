@@ -22,7 +22,9 @@ def borders(lengths: tuple[int, ...], device: str = "cpu") -> PackedSeqParams:
     return PackedSeqParams("thd", cu_seqlens_q=cu, cu_seqlens_kv=cu, max_seqlen_q=longest, max_seqlen_kv=longest)
 
 
-def by_definition(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int | None, scale: float) -> Tensor:
+def by_definition(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int | None, scale: float
+) -> Tensor:
     """softmax(q k^T scale + mask) v over the whole pack with one dense mask."""
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     place = torch.arange(q.shape[0])

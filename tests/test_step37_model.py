@@ -116,7 +116,9 @@ def test_forward_head_is_the_fused_row(model: Step37Model, config: Step37Config,
     assert not torch.isclose(fused[is_image, 0], words[is_image]).all(-1).any()
 
 
-@pytest.mark.parametrize("parts", [("language_model",), ("vision_model",), ("vision_projection",), ("vision_model", "vision_projection")])
+@pytest.mark.parametrize(
+    "parts", [("language_model",), ("vision_model",), ("vision_projection",), ("vision_model", "vision_projection")]
+)
 def test_freeze(config: Step37Config, one_rank: None, parts: tuple[str, ...]) -> None:
     model = build_model(config)
     model.freeze(**{f"freeze_{part}": True for part in parts})

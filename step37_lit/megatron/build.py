@@ -48,9 +48,7 @@ def build_model(
     with cuda_names.cpu_for_cuda(), device:
         model = Step37Model(
             language_transformer_config=transformer_config,
-            language_transformer_layer_spec=decoder_block_spec(
-                transformer_config, groups, vp_stage, attention_backend
-            ),
+            language_transformer_layer_spec=decoder_block_spec(transformer_config, groups, vp_stage, attention_backend),
             vision_transformer_config=config.vision,
             pre_process=stage == 0 if pre_process is None else pre_process,
             post_process=stage == last if post_process is None else post_process,

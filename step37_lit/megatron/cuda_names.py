@@ -7,14 +7,17 @@ present `install` does nothing.
 
 Why each stand-in is there (megatron-core 0.16; `tests/test_cuda_names.py` runs a piece of megatron with and without):
 
-| name | who needs it |
-|---|---|
-| `torch.cuda.current_device` -> `torch.device("cpu")` | router buffers, DDP's gradient buffers, pipeline receives; a device and not a number, so that it also works inside `backward`, where no torch function mode is active |
-| `torch.cuda.Stream`, `current_stream` | DDP's gradient reduction and the MoE dispatcher put copies on side streams; the CPU has one |
-| `torch.cuda.synchronize` | pipeline stages wait for the device when they exchange shapes |
-| `torch.cuda.get_rng_state` | the tensor-parallel random-number tracker reads the device's generator |
-| `tensor_parallel.random._get_cuda_rng_state` | under sequence parallelism each block forks the tracker, which reads CUDA's default generators directly (writing is queued by torch until there is CUDA; the model draws no random numbers) |
-| `token_dispatcher.maybe_move_tensor_to_cpu` | splits of an all-to-all must be Python numbers; megatron leaves a CPU tensor as it is |
+* `torch.cuda.current_device` answers `torch.device("cpu")`: router buffers, DDP's gradient buffers and pipeline
+  receives are made there. A device and not a number, so that it also works inside `backward`, where no torch function
+  mode is active.
+* `torch.cuda.Stream`, `current_stream`: DDP's gradient reduction and the MoE dispatcher put copies on side streams; the
+  CPU has one.
+* `torch.cuda.synchronize`: pipeline stages wait for the device when they exchange shapes.
+* `torch.cuda.get_rng_state`: the tensor-parallel random-number tracker reads the device's generator.
+* `tensor_parallel.random._get_cuda_rng_state`: under sequence parallelism each block forks the tracker, which reads
+  CUDA's default generators directly. (Writing is queued by torch until there is CUDA; the model draws no numbers.)
+* `token_dispatcher.maybe_move_tensor_to_cpu`: splits of an all-to-all must be Python numbers; megatron leaves a CPU
+  tensor as it is.
 
 `cpu_for_cuda` is the context for what no attribute can reach: literal `device="cuda"` and `Tensor.type()` in
 megatron's schedules, gradient clipping and optimizer. It is entered around those calls only, so that a user's own

@@ -5,6 +5,8 @@ n = tokens (of all local experts where routed), H = hidden, F = inner width, E =
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -120,9 +122,10 @@ class GroupedExperts(MegatronModule):
         self.weight1 = nn.Parameter(torch.empty(num_local_experts, 2 * inner, hidden, dtype=dtype))
         self.weight2 = nn.Parameter(torch.empty(num_local_experts, hidden, inner, dtype=dtype))
         for weight in (self.weight1, self.weight2):
-            weight.allreduce = False  # reduced over the expert data-parallel group
-            weight.tensor_model_parallel = True  # every rank's share counts in the clipped norm
-            weight.partition_dim, weight.partition_stride = 0, 1
+            marks: Any = weight  # attributes that megatron reads off a parameter
+            marks.allreduce = False  # reduced over the expert data-parallel group
+            marks.tensor_model_parallel = True  # every rank's share counts in the clipped norm
+            marks.partition_dim, marks.partition_stride = 0, 1
 
     def forward(self, hidden_states: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         """Each token through its expert, times its routing weight.

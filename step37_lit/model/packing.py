@@ -5,6 +5,8 @@ T = tokens of the pack, n = sub-sequences.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
@@ -34,7 +36,7 @@ def pack_borders(
     borders = cu_seqlens.tolist()
     if len(borders) < 2 or borders[0] != 0 or borders[-1] != length:
         raise ValueError(f"cu_seqlens: expected to run from 0 to T = {length}, found {borders}")
-    lengths = [end - start for start, end in zip(borders, borders[1:], strict=False)]
+    lengths = [end - start for start, end in itertools.pairwise(borders)]
     if min(lengths) < 0:
         raise ValueError(f"cu_seqlens: expected ascending borders, found {borders}")
     longest = max(lengths)

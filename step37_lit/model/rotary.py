@@ -14,7 +14,7 @@ from step37_lit.config import ATTENTION_KINDS, AttentionKind, Llama3Scaling, Tex
 
 
 def inverse_frequencies(text: TextConfig, kind: AttentionKind, device: torch.device | None = None) -> Tensor:
-    """fp32 [R / 2]: radians per position of each rotated pair; theta^(-2i / R), llama3-scaled where the config says so."""
+    """fp32 [R / 2]: radians per position of each rotated pair, theta^(-2i / R); llama3-scaled if the config says so."""
     rope, rotary_dim = text.rope_of(kind), text.rotary_dim(kind)
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
     frequencies = 1.0 / rope.theta**exponents

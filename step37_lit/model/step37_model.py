@@ -169,7 +169,7 @@ class Step37Model(MegatronModule):
         if position_ids is None:
             position_ids = restarting_positions(packed.cu_seqlens_q, input_ids.shape[1])
 
-        hidden = None  # later stages take theirs from set_input_tensor
+        hidden: Any = None  # later stages take theirs from set_input_tensor
         if self.pre_process:
             hidden = scatter_to_sequence_ranks(self.forward_head(input_ids, images, position_ids), self.config)
         if self.decoder is not None:
@@ -192,9 +192,11 @@ class Step37Model(MegatronModule):
     ) -> Tensor:
         """Words and images fused: [T, 1, H], whole on every tensor rank."""
         words = self.embedding(input_ids=input_ids, position_ids=position_ids)
-        encoded = self._encode_images_for_insert(images or [])
-        if encoded and self.align_projector is None:
-            raise ValueError(f"images: expected none (the model has no vision tower), found {len(encoded)} entries")
+        if not images:
+            return insert_features(words, input_ids, [], [], self.step37.tokens)
+        if self.align_projector is None:
+            raise ValueError(f"images: expected none (the model has no vision tower), found {len(images)} entries")
+        encoded = self._encode_images_for_insert(images)
         features = [self.align_projector(entry.image_features) for entry in encoded]
         return insert_features(words, input_ids, encoded, features, self.step37.tokens)
 
@@ -204,18 +206,23 @@ class Step37Model(MegatronModule):
         Images of one size go through the tower together. The entries given are left as they are, so that a pack can
         be used again after its graph is gone.
         """
-        by_shape: dict[tuple, list[int]] = {}
+        pixels: dict[int, Tensor] = {}
         for i, entry in enumerate(images):
             if entry.image_features is None:
                 if entry.images is None:
                     raise ValueError(f"images[{i}]: expected pixels or features, found neither")
-                by_shape.setdefault((*entry.images.shape[1:], entry.images.dtype), []).append(i)
+                pixels[i] = entry.images
+        if not pixels:
+            return list(images)
+        if self.vision_model is None:
+            raise ValueError("images: expected features (this model has no vision tower), found pixels")
+        by_size: dict[tuple, list[int]] = {}
+        for i, values in pixels.items():
+            by_size.setdefault((*values.shape[1:], values.dtype), []).append(i)
         encoded = list(images)
-        for members in by_shape.values():
-            if self.vision_model is None:
-                raise ValueError("images: expected features (this model has no vision tower), found pixels")
-            features = self.vision_model(torch.cat([images[i].images for i in members]))
-            for i, own in zip(members, features.split([images[i].images.shape[0] for i in members]), strict=True):
+        for members in by_size.values():
+            features = self.vision_model(torch.cat([pixels[i] for i in members]))
+            for i, own in zip(members, features.split([len(pixels[i]) for i in members]), strict=True):
                 encoded[i] = dataclasses.replace(images[i], images=None, image_features=own)
         return encoded
 

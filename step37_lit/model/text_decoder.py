@@ -1,12 +1,12 @@
 """Layer specs of the text decoder: which part sits in which of megatron's slots, layer by layer.
 
-    TransformerBlock
-      layers[i]: TransformerLayer
-        input_layernorm     ZeroCentredRMSNorm
-        self_attention      HybridSelfAttention (full or sliding, its own number of heads)
-        pre_mlp_layernorm   ZeroCentredRMSNorm
-        mlp                 DenseMLP, or MoELayer (Router, GroupedExperts, SharedExpert)
-      final_layernorm       ZeroCentredRMSNorm
+TransformerBlock
+  layers[i]: TransformerLayer
+    input_layernorm     ZeroCentredRMSNorm
+    self_attention      HybridSelfAttention (full or sliding, its own number of heads)
+    pre_mlp_layernorm   ZeroCentredRMSNorm
+    mlp                 DenseMLP, or MoELayer (Router, GroupedExperts, SharedExpert)
+  final_layernorm       ZeroCentredRMSNorm
 """
 
 from __future__ import annotations

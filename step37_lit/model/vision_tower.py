@@ -23,7 +23,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def normalise(pixels: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 [N, 3, H, W] -> (x / 255 - mean) / std of CLIP, in `dtype`; float pixels are taken as normalised already."""
+    """uint8 [N, 3, H, W] -> (x / 255 - mean) / std of CLIP, in `dtype`; float pixels are normalised already."""
     if pixels.dtype != torch.uint8:
         return pixels.to(dtype)
     mean = torch.tensor(CLIP_MEAN, device=pixels.device).view(3, 1, 1)
@@ -40,9 +40,7 @@ def rotary_2d(config: VisionConfig, rows: int, columns: int, device: torch.devic
     """
     half = config.head_dim // 2
     frequencies = 1.0 / config.rope_theta ** (torch.arange(0, half, 2, dtype=torch.float32, device=device) / half)
-    row, column = torch.meshgrid(
-        torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
-    )
+    row, column = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
     angles = torch.cat((torch.outer(column.flatten(), frequencies), torch.outer(row.flatten(), frequencies)), dim=-1)
     return torch.stack((angles.cos(), angles.sin()))
 
