@@ -1,7 +1,7 @@
 """Paraphrased captions of a `Scene`, with every attribute word marked.
 
-All captions name the things in reading order of their places, and a caption's first word fixes the order of everything
-behind it. So each attribute word is determined by the picture and the words before it: 100% is attainable.
+All captions name the things in reading order of their places, the place first, and a caption's first word fixes the
+order of everything behind it. So each attribute word is determined by the picture and the words before it: 100% is attainable.
 """
 
 from __future__ import annotations
@@ -63,24 +63,24 @@ def _listed(scene: Scene, opening: str, item: str, separator: str, ending: str) 
     return [*pieces, Piece(ending)]
 
 
-def _what_then_where(scene: Scene) -> list[Piece]:
-    return _listed(scene, "I see {count} NOUN: ", "a {size} {texture} {color} {shape} at the {place}", ", ", ".")
+def _size_first(scene: Scene) -> list[Piece]:
+    return _listed(scene, "I see {count} NOUN: ", "{place} a {size} {texture} {color} {shape}", ", ", ".")
 
 
-def _where_then_what(scene: Scene) -> list[Piece]:
+def _color_first(scene: Scene) -> list[Piece]:
     opening = "On a {background} background, {count} NOUN: "
     return _listed(scene, opening, "{place} a {color} {texture} {shape}, {size}", "; ", ".")
 
 
 def _shape_first(scene: Scene) -> list[Piece]:
-    return _listed(scene, "The picture holds {count} NOUN: ", "{place} a {shape}, {size}, {color} and {texture}", "; ", ".")
+    return _listed(scene, "The picture holds {count} NOUN: ", "{place} a {shape}, {color}, {texture}, {size}", "; ", ".")
 
 
-def _color_first(scene: Scene) -> list[Piece]:
-    return _listed(scene, "This is a drawing of {count} NOUN: ", "a {color} {shape}, {texture} and {size}, {place}", "; ", ".")
+def _texture_last(scene: Scene) -> list[Piece]:
+    return _listed(scene, "This drawing has {count} NOUN: ", "{place} a {size} {color} {shape}, {texture}", "; ", ".")
 
 
-WRITERS: tuple[Callable[[Scene], list[Piece]], ...] = (_what_then_where, _where_then_what, _shape_first, _color_first)
+WRITERS: tuple[Callable[[Scene], list[Piece]], ...] = (_size_first, _color_first, _shape_first, _texture_last)
 
 
 def things_named(pieces: list[Piece]) -> list[Thing]:

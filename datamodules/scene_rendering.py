@@ -12,9 +12,11 @@ from datamodules.scene_world import BACKGROUNDS, COLORS, PLACES, Scene, Thing
 Point = tuple[float, float]
 
 # Radius of a shape as a share of the picture's side, lowest and highest of each size.
-RADII = {"small": (0.125, 0.15), "large": (0.20, 0.235)}
+RADII = {"small": (0.145, 0.16), "large": (0.215, 0.235)}
 CENTER_JITTER = 0.02  # share of the picture's side
 COLOR_JITTER = 18  # levels of 255
+PERIOD = 0.1  # of stripes and dots, as a share of the picture's side
+SHADE = 0.4  # brightness of stripes and dots against the colour
 ROTATION = 8.0  # degrees to either side
 NOISE = 6  # levels of 255
 OVERSAMPLING = 2
@@ -63,26 +65,24 @@ def _paint(picture: Image.Image, thing: Thing, side: int, random: np.random.Gene
     color = np.array(COLORS[thing.color]) + random.integers(-COLOR_JITTER, COLOR_JITTER + 1, size=3)
     fill = tuple(int(level) for level in color.clip(0, 255))
     tile = Image.new("RGB", mask.size, fill)
-    draw_texture(ImageDraw.Draw(tile), thing.texture, mask.size[0], fill, random)
+    draw_texture(ImageDraw.Draw(tile), thing.texture, mask.size[0], PERIOD * side, fill)
     picture.paste(tile, (left, top), mask)
 
 
-def draw_texture(
-    draw: ImageDraw.ImageDraw, texture: str, side: int, fill: tuple[int, ...], random: np.random.Generator
-) -> None:
-    """Stripes or dots of a much darker shade on a tile that is filled already; nothing for `plain`."""
+def draw_texture(draw: ImageDraw.ImageDraw, texture: str, side: int, period: float, fill: tuple[int, ...]) -> None:
+    """Stripes or dots of a darker shade on a square tile of `side` pixels, counted from its middle; nothing for `plain`."""
     if texture == "plain":
         return
-    shade = tuple(level // 4 for level in fill)
-    if texture == "striped":
-        phase = int(random.integers(6))
-        for y in range(phase - 6, side, 6):
-            draw.rectangle((0, y, side, y + 2), fill=shade)
-        return
-    shift_x, shift_y = (int(shift) for shift in random.integers(8, size=2))
-    for row, y in enumerate(range(shift_y - 8, side, 4)):
-        for x in range(shift_x - 8 + 4 * (row % 2), side, 8):
-            draw.rectangle((x, y, x + 2, y + 2), fill=shade)
+    shade = tuple(int(level * SHADE) for level in fill)
+    count = math.ceil(side / 2 / period)
+    marks = [side / 2 + period * k for k in range(-count, count + 1)]
+    half = period / 4 if texture == "striped" else period / 3
+    for y in marks:
+        if texture == "striped":
+            draw.rectangle((0, y - half, side, y + half), fill=shade)
+        else:
+            for x in marks:
+                draw.ellipse((x - half, y - half, x + half, y + half), fill=shade)
 
 
 def draw_shape(draw: ImageDraw.ImageDraw, shape: str, center: float, radius: float, angle: float) -> None:
@@ -94,13 +94,18 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: str, center: float, radius: flo
             draw.ellipse((center - hole, center - hole, center + hole, center + hole), fill=0)
         return
     cos, sin = math.cos(angle), math.sin(angle)
-    corners = [(center + radius * (x * cos - y * sin), center + radius * (x * sin + y * cos)) for x, y in OUTLINES[shape]]
+    corners = [
+        (center + radius * (x * cos - y * sin), center + radius * (x * sin + y * cos)) for x, y in OUTLINES[shape]
+    ]
     draw.polygon(corners, fill=255)
 
 
 def _star(points: int, inner: float) -> list[Point]:
     turns = [math.pi * i / points - math.pi / 2 for i in range(2 * points)]
-    return [((inner if i % 2 else 1.05) * math.cos(t), (inner if i % 2 else 1.05) * math.sin(t)) for i, t in enumerate(turns)]
+    return [
+        ((inner if i % 2 else 1.05) * math.cos(t), (inner if i % 2 else 1.05) * math.sin(t))
+        for i, t in enumerate(turns)
+    ]
 
 
 def _heart() -> list[Point]:

@@ -195,7 +195,12 @@ class PackedBatch:
 
     def _check_tensors(self) -> None:
         length = self.input_ids.shape[-1]
-        dtypes = {"input_ids": torch.int64, "labels": torch.int64, "loss_mask": torch.float32, "position_ids": torch.int64}
+        dtypes = {
+            "input_ids": torch.int64,
+            "labels": torch.int64,
+            "loss_mask": torch.float32,
+            "position_ids": torch.int64,
+        }
         for name, dtype in dtypes.items():
             tensor = getattr(self, name)
             require(tuple(tensor.shape) == (1, length), name, f"shape (1, {length})", tuple(tensor.shape))

@@ -131,10 +131,41 @@ class Step37LitModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.strategy.build_optimizer(self.adamw)
-        total = self.decay_steps if self.decay_steps is not None else self.trainer.max_steps
-        require(total > 0, "model.decay_steps", "a number of steps where trainer.max_steps is not set", total)
-        scheduler = LambdaLR(optimizer, WarmupCosine(self.warmup_steps, total, self.min_lr_factor))
+        scheduler = LambdaLR(optimizer, self._lr_factor(self.trainer.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _lr_factor(self, max_steps: int) -> WarmupCosine:
+        total = self.decay_steps if self.decay_steps is not None else max_steps
+        require(total > 0, "model.decay_steps", "a number of steps where trainer.max_steps is not set", total)
+        return WarmupCosine(self.warmup_steps, total, self.min_lr_factor)
+
+    def check(self, trainer: pl.Trainer, datamodule: pl.LightningDataModule | None, fitting: bool) -> None:
+        """Refuses a run that cannot work, before anything is written.
+
+        Raises:
+            ConfigError: names the field of the recipe.
+        """
+        strategy = trainer.strategy
+        expected = "step37_lit.MegatronStrategy"
+        require(isinstance(strategy, MegatronStrategy), "trainer.strategy", expected, type(strategy).__name__)
+        strategy.check(self.config, trainer, fitting)
+        if fitting:
+            self._lr_factor(trainer.max_steps)
+        if datamodule is not None and hasattr(datamodule, "config"):  # data made for a model: it must be this one
+            theirs, own = datamodule.config, self.config
+            require(theirs.tokens == own.tokens, "data: special tokens", own.tokens, theirs.tokens)
+            require(
+                theirs.vision.image_size == own.vision.image_size,
+                "data: image size",
+                f"{own.vision.image_size} (model.vision.image_size)",
+                theirs.vision.image_size,
+            )
+            require(
+                theirs.text.vocab_size <= own.text.vocab_size,
+                "data: vocabulary",
+                f"at most {own.text.vocab_size} (model.text.vocab_size)",
+                theirs.text.vocab_size,
+            )
 
     # ---- training ----
 
@@ -173,6 +204,7 @@ class Step37LitModule(pl.LightningModule):
             "train/mfu": flops / seconds / self.gemm_peak,
             "train/padding": 1.0 - result.tokens / result.row_tokens,
         }
+        self.trainer.should_stop |= result.stop
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
 
     # ---- evaluation ----

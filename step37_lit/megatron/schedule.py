@@ -33,6 +33,7 @@ class StepResult:
         tokens: Tokens of the samples, without padding.
         row_tokens: Tokens of the packs, with padding.
         images: Images of all sizes.
+        stop: Whether any rank asked to end training.
     """
 
     loss: Tensor
@@ -40,6 +41,7 @@ class StepResult:
     tokens: int
     row_tokens: int
     images: int
+    stop: bool
 
 
 def run_schedule(
@@ -79,27 +81,28 @@ def run_schedule(
         )
 
 
-def train_step(model: nn.Module, microbatches: Sequence[PackedBatch]) -> StepResult:
-    """Forward and backward of a global step; gradients end up in megatron's buffers, reduced and normalised."""
+def train_step(model: nn.Module, microbatches: Sequence[PackedBatch], stop: bool = False) -> StepResult:
+    """Forward and backward of a global step; gradients end up in megatron's buffers, reduced and normalised.
+
+    Args:
+        model: megatron's DDP.
+        microbatches: This data-parallel rank's packs.
+        stop: This rank asks to end training; the answer of all ranks travels with the counts, so all end together.
+    """
     sums = run_schedule(model, microbatches, _losses, _loss_sum, forward_only=False)
-    device = microbatches[0].input_ids.device
-    counts = torch.zeros(5, dtype=torch.float64, device=device)
-    if sums:  # other stages see the same packs and must not count them again
+    counts = torch.zeros(6, dtype=torch.float64, device=microbatches[0].input_ids.device)
+    if sums and parallel_state.get_tensor_model_parallel_rank() == 0:  # others see the same packs: counted once
         counts[0] = torch.stack([loss for loss, _ in sums]).double().sum()
         counts[1] = torch.stack([tokens for _, tokens in sums]).sum()
         counts[2] = sum(pack.num_tokens for pack in microbatches)
         counts[3] = sum(pack.input_ids.numel() for pack in microbatches)
         counts[4] = sum(pack.num_images for pack in microbatches)
-    groups = (
-        parallel_state.get_data_parallel_group(with_context_parallel=True),
-        parallel_state.get_pipeline_model_parallel_group(),
-    )
-    for group in groups:
-        if dist.get_world_size(group) > 1:
-            dist.all_reduce(counts, group=group)
-    _, learnt, tokens, row_tokens, images = counts.tolist()
+    counts[5] = float(stop)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(counts)
+    _, learnt, tokens, row_tokens, images, stops = counts.tolist()
     require(learnt > 0, "loss_mask of the global batch", "at least one learnt token", 0)
-    return StepResult(counts[0] / counts[1], int(learnt), int(tokens), int(row_tokens), int(images))
+    return StepResult(counts[0] / counts[1], int(learnt), int(tokens), int(row_tokens), int(images), stops > 0)
 
 
 def evaluate_step(model: nn.Module, microbatches: Sequence[PackedBatch]) -> list[tuple[PackedBatch, Tensor, Tensor]]:
@@ -141,8 +144,8 @@ def _vocab_parallel_argmax(logits: Tensor) -> Tensor:
     if ranks == 1:
         return index
     index = index + dist.get_rank(group) * logits.shape[-1]
-    bests = best.new_empty((ranks, *best.shape))
-    indices = index.new_empty((ranks, *index.shape))
+    bests = best.new_empty((ranks, best.shape[1]))
+    indices = index.new_empty((ranks, index.shape[1]))
     dist.all_gather_into_tensor(bests, best.contiguous(), group=group)
     dist.all_gather_into_tensor(indices, index.contiguous(), group=group)
-    return indices.gather(0, bests.argmax(dim=0, keepdim=True)).squeeze(0)
+    return indices.gather(0, bests.argmax(dim=0, keepdim=True))

@@ -17,7 +17,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    Checkpoint,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
@@ -33,6 +40,15 @@ from step37_lit.megatron import cuda_names, process, random_state, schedule
 from step37_lit.megatron.layout import ParallelLayout
 from step37_lit.megatron.lightning_plugins import MegatronPrecision, StagedCheckpointIO
 from step37_lit.megatron.optimizer import AdamWSettings, ForwardingOptimizer
+
+# Callbacks of Lightning that would act on something other than what megatron trains, and what to use in their place.
+REFUSED_CALLBACKS: dict[type[pl.Callback], str] = {
+    BatchSizeFinder: "none that looks for a batch size (set the data module's packs and samples per pack)",
+    LearningRateFinder: "none that looks for a learning rate (set model.lr)",
+    GradientAccumulationScheduler: "none that accumulates (set the data module's microbatches)",
+    StochasticWeightAveraging: "none that averages weights (the optimizer holds only a shard of them)",
+    BackboneFinetuning: "none that unfreezes while training (set model.freeze_vision_model and start again)",
+}
 
 
 class MegatronStrategy(DDPStrategy):
@@ -70,6 +86,8 @@ class MegatronStrategy(DDPStrategy):
     ):
         self.layout = ParallelLayout(tensor, pipeline, virtual_pipeline, expert, context, sequence_parallel)
         self.seed = seed
+        # Set by a signal handler on any rank: all ranks learn of it with the next step and end together.
+        self.stop_requested = False
         self.ddp: DistributedDataParallel | None = None
         self._clip_grad = 0.0
         super().__init__(
@@ -140,7 +158,7 @@ class MegatronStrategy(DDPStrategy):
         self.ddp.zero_grad_buffer()
         for optimizer in self.optimizers:
             optimizer.clear_gradients()
-        return schedule.train_step(self.ddp, microbatches)
+        return schedule.train_step(self.ddp, microbatches, self.stop_requested)
 
     def evaluate_step(self, microbatches: Sequence[PackedBatch]) -> list[tuple[PackedBatch, Tensor, Tensor]]:
         """Teacher-forced losses and most likely tokens on the last stage; see `schedule.evaluate_step`."""
@@ -153,8 +171,13 @@ class MegatronStrategy(DDPStrategy):
 
     # ---- hooks of Lightning ----
 
-    def check(self, config: Step37Config, trainer: pl.Trainer) -> None:
+    def check(self, config: Step37Config, trainer: pl.Trainer, fitting: bool) -> None:
         """Refuses what cannot work, before any process starts or any group is made.
+
+        Args:
+            config: The model.
+            trainer: The Trainer that has this strategy.
+            fitting: Whether training is to follow.
 
         Raises:
             ConfigError: names the Trainer's or the strategy's field.
@@ -169,11 +192,18 @@ class MegatronStrategy(DDPStrategy):
             wraps = trainer._accelerator_connector.use_distributed_sampler
             advice = "false (the data module gives each rank its share; Lightning would halve it again)"
             require(not wraps, "trainer.use_distributed_sampler", advice, wraps)
+        if fitting:
+            self._check_callbacks(trainer)
+
+    def _check_callbacks(self, trainer: pl.Trainer) -> None:
         is_split = self.layout.model_parallel_size > 1 or self.layout.expert > 1
-        saves = any(isinstance(callback, Checkpoint) for callback in trainer.callbacks)
-        if is_split and saves and trainer.state.fn == TrainerFn.FITTING:
-            advice = "false (checkpoints of a model that is split over ranks are not written yet)"
-            raise ConfigError("trainer.enable_checkpointing", advice, True)
+        for callback in trainer.callbacks:
+            name = type(callback).__name__
+            for refused, advice in REFUSED_CALLBACKS.items():
+                require(not isinstance(callback, refused), "trainer.callbacks", advice, name)
+            if is_split and isinstance(callback, Checkpoint):
+                advice = "false (checkpoints of a model that is split over ranks are not written yet)"
+                raise ConfigError("trainer.enable_checkpointing", advice, True)
 
     def _configure_launcher(self) -> None:
         # Without a launcher a single process also runs in a notebook.
@@ -182,7 +212,7 @@ class MegatronStrategy(DDPStrategy):
 
     def setup_environment(self) -> None:
         module = self.lightning_module
-        self.check(module.config, module.trainer)
+        self.check(module.config, module.trainer, module.trainer.state.fn == TrainerFn.FITTING)
         super().setup_environment()
 
     def setup_distributed(self) -> None:

@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 WORKER = Path(__file__).with_name("train_worker.py")
 
 
-def run(command: list[str], timeout: float = 240.0) -> subprocess.CompletedProcess:
+def run(command: list[str], timeout: float = 120.0) -> subprocess.CompletedProcess:
     """Runs a command in a process group of its own, so that a time-out leaves none of its ranks behind."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
+    # Files and not pipes: a rank that is left behind would keep a pipe open, and reading it would never end.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, start_new_session=True)
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            _end(process)
+        out.seek(0), err.seek(0)
+        texts = out.read(), err.read()
+    assert process.returncode != -signal.SIGKILL, f"no end after {timeout} s: {command}\n{texts[0]}\n{texts[1]}"
+    return subprocess.CompletedProcess(command, process.returncode, *texts)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """torchrun's ranks are in sessions of their own and only torchrun ends them, given the chance."""
+    process.send_signal(signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(15)
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-        raise AssertionError(f"no end after {timeout} s: {command}\n{out}\n{err}") from None
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+    process.wait()
+    process.returncode = -signal.SIGKILL
 
 
 def train(

@@ -55,7 +55,7 @@ def test_two_ranks_equal_one(name: str, one_rank: dict, tmp_path: Path) -> None:
 
 
 def test_torchrun_equals_lightnings_launcher(one_rank: dict, tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     ranks = spawn.train(tmp_path, devices=2, strategy={"tensor": 2}, launcher=torchrun)
     assert largest_difference(ranks[1]["rows"], one_rank["rows"], 0) <= LOSS_TOLERANCE
 

@@ -1,0 +1,162 @@
+"""The command line: LightningCLI with one model class, safe class paths and errors of one line.
+
+A recipe is data: it may name classes of this project and a list of Lightning's, and naming anything else is refused
+before it is imported.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+from jsonargparse import ArgumentError, set_parsing_settings
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from step37_lit.config import ConfigError
+from step37_lit.lit_module import Step37LitModule
+
+USER_ERROR = 2
+INTERRUPTED = 130
+PROJECT_PACKAGES = ["step37_lit", "datamodules", "callbacks"]
+LIGHTNING_CLASSES = {
+    "lightning.pytorch.callbacks": {
+        "early_stopping": ["EarlyStopping"],
+        "lr_monitor": ["LearningRateMonitor"],
+        "model_checkpoint": ["ModelCheckpoint"],
+        "model_summary": ["ModelSummary"],
+        "rich_model_summary": ["RichModelSummary"],
+        "timer": ["Timer"],
+        "device_stats_monitor": ["DeviceStatsMonitor"],
+        "progress.rich_progress": ["RichProgressBar"],
+        "progress.tqdm_progress": ["TQDMProgressBar"],
+    },
+    "lightning.pytorch.loggers": {"csv_logs": ["CSVLogger"], "tensorboard": ["TensorBoardLogger"]},
+    "lightning.pytorch.profilers": {"simple": ["SimpleProfiler"], "advanced": ["AdvancedProfiler"]},
+}
+TRAINER_DEFAULTS = {
+    "strategy": {"class_path": "step37_lit.MegatronStrategy"},
+    "devices": 1,
+    "default_root_dir": "runs/step37",
+    "log_every_n_steps": 1,
+    "use_distributed_sampler": False,  # the data modules give each rank its share
+    "max_epochs": 1,
+}
+
+
+def allowed_paths() -> list[str]:
+    """Import paths that a recipe may name: each Lightning class under its public and its defining module."""
+    paths = list(PROJECT_PACKAGES)
+    for package, modules in LIGHTNING_CLASSES.items():
+        for module, names in modules.items():
+            paths += [f"{package}.{name}" for name in names] + [f"{package}.{module}.{name}" for name in names]
+    return paths
+
+
+class Step37Trainer(pl.Trainer):
+    """Lightning's Trainer, whose strategy is given as a class.
+
+    Args:
+        strategy: A strategy class and its arguments; `step37_lit.MegatronStrategy` is the one that trains this model.
+    """
+
+    def __init__(self, strategy: Strategy, **kwargs: Any):
+        # Lightning's own signature also takes a name, so that a class path would be taken for one.
+        super().__init__(strategy=strategy, **kwargs)
+
+
+class Step37CLI(LightningCLI):
+    """`fit`, `validate`, `test` and `predict` of a `Step37LitModule` on any data module of this project."""
+
+    def __init__(self, args: list[str]):
+        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed_paths())
+        quiet: dict[str, Any] = {"exit_on_error": False}
+        super().__init__(
+            Step37LitModule,
+            pl.LightningDataModule,
+            trainer_class=Step37Trainer,
+            subclass_mode_data=True,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs=quiet | {name: dict(quiet) for name in self.subcommands()},
+            args=args,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """The Trainer; where the recipe names no logger, one metrics.csv and TensorBoard below the run's folder."""
+        config = self._get(self.config_init, "trainer")
+        if config["logger"] in (None, True):
+            root = config["default_root_dir"]
+            csv = CSVLogger(root, name="", version="")
+            kwargs["logger"] = [csv, TensorBoardLogger(root, name="tensorboard", version="")]
+        return super().instantiate_trainer(**kwargs)
+
+    def after_instantiate_classes(self) -> None:
+        """Everything that can be refused is refused here, before a process starts or a file is written."""
+        ckpt_path = self._get(self.config_init, "ckpt_path")
+        if ckpt_path is not None and not Path(ckpt_path).is_file():
+            raise ConfigError("ckpt_path", "a checkpoint file", ckpt_path)
+        self.model.check(self.trainer, self.datamodule, fitting=self.subcommand == "fit")
+
+    def before_fit(self) -> None:
+        """The first Ctrl-C ends training behind the current step on all ranks; the second one at once."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self.trainer.strategy.stop_requested = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        signal.signal(signal.SIGINT, stop)
+
+    def after_fit(self) -> None:
+        if self.trainer.is_global_zero:
+            print(summary(self.trainer))
+
+    @property
+    def interrupted(self) -> bool:
+        return self.subcommand == "fit" and self.trainer.strategy.stop_requested
+
+
+def summary(trainer: pl.Trainer) -> str:
+    """Three lines for the end of a run: what was reached, the checkpoint, and where everything is."""
+    shown = ("train/loss", "val/loss", "val/attribute_accuracy", "val/attribute_accuracy_seen")
+    metrics = trainer.callback_metrics
+    reached = ", ".join(f"{name} {float(metrics[name]):.4f}" for name in shown if name in metrics)
+    root = Path(trainer.default_root_dir)
+    checkpoint = trainer.checkpoint_callback
+    saved = "none"
+    if isinstance(checkpoint, ModelCheckpoint):
+        saved = checkpoint.last_model_path or checkpoint.best_model_path or "none"
+    return (
+        f"reached     step {trainer.global_step}: {reached}\n"
+        f"checkpoint  {saved}\n"
+        f"files       {root}: metrics.csv, config.yaml, tensorboard (tensorboard --logdir {root})"
+    )
+
+
+def run(args: list[str]) -> int:
+    """Runs one command and gives its exit code: 0, 2 for a mistake of the user's (one line on stderr), 130 for Ctrl-C."""
+    try:
+        cli = Step37CLI(args)
+    except (ConfigError, MisconfigurationException) as error:
+        return _refuse(error)
+    except ArgumentError as error:
+        return _refuse(error)
+    return INTERRUPTED if cli.interrupted else 0
+
+
+def _refuse(error: Exception) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return USER_ERROR

@@ -1,0 +1,24 @@
+"""The overview of the command line, as text: it must not wait for torch."""
+
+HELP = """\
+usage: python -m step37_lit {fit,validate,test,predict} --config RECIPE [--section.field VALUE ...]
+
+Step-3.7, a vision-language model, on megatron-core in PyTorch Lightning.
+
+subcommands:
+  fit        train; logs, checkpoints and pictures go below --trainer.default_root_dir
+  validate   loss and attribute accuracy of a checkpoint on the validation splits
+  test       the same on the test splits
+  predict    most likely next tokens for the prediction data
+
+often used:
+  --config recipes/scenes_tiny.yaml   a recipe; later files and options override earlier ones
+  --ckpt_path FILE                    resume (fit) or evaluate (validate, test, predict) a checkpoint
+  --trainer.max_steps N               optimizer steps
+  --trainer.default_root_dir DIR      where every file of the run goes
+  --trainer.devices N                 processes; with --trainer.strategy.init_args.tensor N they share each matrix
+  --model.swap_images true            with validate: what is left when the pictures are swapped
+
+python -m step37_lit fit -h           every option of a subcommand
+python -m step37_lit fit --config RECIPE --print_config     the recipe in full
+"""

@@ -1,0 +1,261 @@
+"""`Step37Processor`: chat messages and pictures -> token ids, loss mask and uint8 pixels.
+
+A message is `{"role": "system" | "user" | "assistant", "content": C}`. C is a string or a list of parts:
+
+    {"type": "text", "text": "a red "}                    words
+    {"type": "text", "text": "circle", "attribute": "shape"}   words whose accuracy is measured, by kind
+    {"type": "image"}                                     the next picture
+
+A chat template (Jinja, sandboxed) turns messages into text, with one `<im_patch>` where a picture belongs; the processor
+puts `<im_start>`, the picture's `<im_patch>` tokens and `<im_end>` there. Special tokens that an author wrote stay text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from PIL import Image
+from torch import Tensor
+
+from step37_lit.batch import ImageForInsert, Sample
+from step37_lit.config import ConfigError, Step37Config, require
+from step37_lit.tokenizer import BOS, IMAGE_PATCH, TURN_END, Step37Tokenizer
+
+ROLES = ("system", "user", "assistant")
+PIXEL_MODES = ("RGB", "L")
+
+DEFAULT_CHAT_TEMPLATE = """\
+{%- macro render(content) -%}
+{%- if content is string -%}{{ content }}
+{%- else -%}{%- for part in content -%}{{ part.text if part.type == "text" else "<im_patch>" }}{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{{- bos_token -}}
+{%- for message in messages -%}
+{{- "<|im_start|>" + message.role + "\\n" + render(message.content) + "<|im_end|>\\n" -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- "<|im_start|>assistant\\n" -}}{%- endif -%}
+"""
+
+# A Unicode noncharacter, never used in text: stands behind each "<" of an author's, so that no special token is found.
+ESCAPE = "\ufdd0"
+
+Message = Mapping[str, Any]
+
+
+@dataclass
+class _Text:
+    """A rendered conversation: author's text still escaped, positions in characters."""
+
+    text: str
+    learnt: list[tuple[int, int]] = field(default_factory=list)  # assistant turns with their end-of-turn token
+    attributes: list[tuple[str, int, int]] = field(default_factory=list)  # kind, start, end
+
+
+@dataclass
+class _Tokens:
+    """Token ids and the characters that each comes from; a picture's tokens all come from its marker."""
+
+    ids: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+
+    def add(self, ids: Sequence[int], start: int, end: int) -> None:
+        self.ids += ids
+        self.starts += [start] * len(ids)
+        self.ends += [end] * len(ids)
+
+
+class Step37Processor:
+    """From messages and pictures to a `Sample`; the same in the loader, in generation and in notebooks.
+
+    Args:
+        tokenizer: Its special tokens must have the ids of `config.tokens`.
+        config: The model whose image size, image tokens and vocabulary are used.
+        chat_template: Jinja text; None is the model's own format.
+
+    Raises:
+        ConfigError: tokenizer and model disagree, or the template does not parse.
+    """
+
+    def __init__(self, tokenizer: Step37Tokenizer, config: Step37Config, chat_template: str | None = None):
+        tokenizer.check_ids(config.tokens, config.text.vocab_size)
+        self.tokenizer, self.config = tokenizer, config
+        self._first_characters = re.compile("[" + re.escape("".join({name[0] for name in tokenizer.special_ids})) + "]")
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _raise_exception
+        try:
+            self._template = environment.from_string(DEFAULT_CHAT_TEMPLATE if chat_template is None else chat_template)
+        except jinja2.TemplateError as error:
+            raise ConfigError("chat_template", "a Jinja template", str(error)) from error
+
+    def __call__(self, messages: Sequence[Message], images: Sequence[Image.Image] = (), key: str = "") -> Sample:
+        """A sample to learn from: every assistant turn, with its end-of-turn token, is in the loss mask.
+
+        Args:
+            messages: At least one assistant turn.
+            images: Pictures in the order of the image parts.
+            key: Name of the sample.
+
+        Raises:
+            ConfigError: a message is malformed, pictures and image parts differ in number, a picture is neither RGB nor
+                gray, or the template does not keep earlier turns as they are.
+        """
+        _check(messages, images)
+        require(
+            any(m["role"] == "assistant" for m in messages),
+            "messages",
+            "an assistant turn",
+            [m["role"] for m in messages],
+        )
+        return self._sample(self._conversation(messages), images, key)
+
+    def prompt(self, messages: Sequence[Message], images: Sequence[Image.Image] = (), key: str = "") -> Sample:
+        """A sample to continue: ends where the assistant's answer starts, nothing is in the loss mask."""
+        _check(messages, images)
+        return self._sample(_Text(self._render(self._escaped(messages), add_generation_prompt=True)), images, key)
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """The global view: [1, 3, image_size, image_size] uint8, bilinear as Pillow does it, whatever the aspect ratio."""
+        require(image.mode in PIXEL_MODES, "image mode", " or ".join(PIXEL_MODES), image.mode)
+        side = self.config.vision.image_size
+        rgb = image.convert("RGB")
+        if rgb.size != (side, side):
+            rgb = rgb.resize((side, side), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()[None]
+
+    def _sample(self, text: _Text, images: Sequence[Image.Image], key: str) -> Sample:
+        tokens = self._tokenize(text, len(images))
+        mask = torch.zeros(len(tokens.ids), dtype=torch.float32)
+        starts, ends = torch.tensor(tokens.starts), torch.tensor(tokens.ends)
+        for first, last in text.learnt:
+            mask[(starts >= first) & (starts < last)] = 1.0
+        spans: dict[str, list[list[int]]] = {}
+        for kind, first, last in text.attributes:
+            inside = ((starts < last) & (ends > first)).nonzero()
+            spans.setdefault(kind, []).append([int(inside[0]), int(inside[-1]) + 1])
+        return Sample(
+            key=key,
+            input_ids=torch.tensor(tokens.ids, dtype=torch.int64),
+            loss_mask=mask,
+            images=[ImageForInsert(self.config.tokens.im_start, self.pixels(image)) for image in images],
+            attribute_spans={kind: torch.tensor(words) for kind, words in spans.items()},
+        )
+
+    def _tokenize(self, text: _Text, num_images: int) -> _Tokens:
+        """Special tokens by name, everything else as plain text, cut where an answer starts as in generation."""
+        ids = self.config.tokens
+        per_image = self.config.vision.num_tokens(self.config.vision.image_size)
+        picture = [ids.im_start, *[ids.im_patch] * per_image, ids.im_end]
+        tokens, markers = _Tokens(), 0
+        cuts = [0, *(first for first, _ in text.learnt), len(text.text)]
+        for begin, stop in zip(cuts[:-1], cuts[1:], strict=True):
+            for start, end, special in self.tokenizer.split_special(text.text[begin:stop]):
+                start, end = begin + start, begin + end
+                if special is None:
+                    self._add_plain(tokens, text.text[start:end], start)
+                else:
+                    markers += special == ids.im_patch
+                    tokens.add(picture if special == ids.im_patch else [special], start, end)
+        require(
+            markers == num_images, f"{IMAGE_PATCH} in the chat template's text", f"{num_images} (images given)", markers
+        )
+        return tokens
+
+    def _add_plain(self, tokens: _Tokens, escaped: str, start: int) -> None:
+        # Index of each character in the escaped text, and of its end.
+        kept = [i for i, character in enumerate(escaped) if character != ESCAPE]
+        ids, offsets = self.tokenizer.encode(escaped.replace(ESCAPE, ""))
+        for token, (first, last) in zip(ids, offsets, strict=True):
+            tokens.add([token], start + kept[first], start + kept[last - 1] + 1)
+
+    def _conversation(self, messages: Sequence[Message]) -> _Text:
+        """Renders turn by turn, so that each answer's place in the whole text is known whatever the template does."""
+        escaped = self._escaped(messages)
+        whole = _Text(self._render(escaped))
+        for i, message in enumerate(escaped):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(escaped[:i], add_generation_prompt=True)
+            through = self._render(escaped[: i + 1])
+            kept = through.startswith(before) and whole.text.startswith(through)
+            require(kept, "chat_template", "earlier text kept when a turn is added", f"other text at turn {i}")
+            turn = through[len(before) :]
+            require(TURN_END in turn, "chat_template", f"{TURN_END} at the end of assistant turn {i}", turn)
+            whole.learnt.append((len(before), len(before) + turn.rindex(TURN_END) + len(TURN_END)))
+            self._find_attributes(whole, message["content"], turn, len(before))
+        return whole
+
+    def _find_attributes(self, whole: _Text, content: str | list[dict[str, Any]], turn: str, start: int) -> None:
+        if isinstance(content, str):
+            return
+        texts = [part for part in content if part["type"] == "text"]
+        if not any("attribute" in part for part in texts):
+            return
+        joined = "".join(part["text"] for part in texts)
+        require(joined in turn, "chat_template", "an assistant turn's words kept as they are", turn)
+        at = start + turn.index(joined)
+        for part in texts:
+            if "attribute" in part:
+                whole.attributes.append((part["attribute"], at, at + len(part["text"])))
+            at += len(part["text"])
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        try:
+            return self._template.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                bos_token=BOS,
+                eos_token=TURN_END,
+                tools=None,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise ConfigError("chat_template", "messages that it accepts", str(error)) from error
+
+    def _escaped(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        def content_of(content: Any) -> Any:
+            if isinstance(content, str):
+                return self._escape(content)
+            return [
+                {**part, "text": self._escape(part["text"])} if part["type"] == "text" else part for part in content
+            ]
+
+        return [{**message, "content": content_of(message["content"])} for message in messages]
+
+    def _escape(self, text: str) -> str:
+        require(ESCAPE not in text, "text", "no noncharacter U+FDD0", text)
+        return self._first_characters.sub(lambda match: match.group() + ESCAPE, text)
+
+
+def _raise_exception(message: str) -> None:
+    """What chat templates call to refuse messages."""
+    raise jinja2.TemplateError(message)
+
+
+def _check(messages: Sequence[Message], images: Sequence[Image.Image]) -> None:
+    """Raises `ConfigError` for malformed messages or another number of pictures than image parts."""
+    require(len(messages) > 0, "messages", "at least one", 0)
+    parts = 0
+    for i, message in enumerate(messages):
+        for name in ("role", "content"):
+            require(name in message, f"messages[{i}]", f"a field {name}", sorted(message))
+        require(message["role"] in ROLES, f"messages[{i}].role", " or ".join(ROLES), message["role"])
+        content = message["content"]
+        require(
+            isinstance(content, str | list), f"messages[{i}].content", "text or a list of parts", type(content).__name__
+        )
+        for j, part in enumerate([] if isinstance(content, str) else content):
+            where = f"messages[{i}].content[{j}]"
+            kind = part["type"] if isinstance(part, Mapping) and "type" in part else part
+            require(kind in ("text", "image"), f"{where}.type", "text or image", kind)
+            is_text = kind == "image" or ("text" in part and isinstance(part["text"], str))
+            require(is_text, f"{where}.text", "text", part)
+            parts += kind == "image"
+    require(parts == len(images), "image parts in messages", f"{len(images)} (images given)", parts)
