@@ -14,10 +14,12 @@ Point = tuple[float, float]
 # Radius of a shape as a share of the picture's side, lowest and highest of each size.
 RADII = {"small": (0.145, 0.16), "large": (0.215, 0.235)}
 CENTER_JITTER = 0.02  # share of the picture's side
+TINT, GRADIENT = 8, 15  # levels of 255
 COLOR_JITTER = 18  # levels of 255
-PERIOD = 0.1  # of stripes and dots, as a share of the picture's side
-SHADE = 0.4  # brightness of stripes and dots against the colour
-ROTATION = 8.0  # degrees to either side
+PERIOD = 0.125  # of stripes and dots, as a share of the picture's side
+WHITE = (250, 250, 250)
+SHADE = 0.35  # brightness of dots against the colour; not black, so that outlines stay
+ROTATION = 6.0  # degrees to either side
 NOISE = 6  # levels of 255
 OVERSAMPLING = 2
 
@@ -41,10 +43,9 @@ def render(scene: Scene, side: int, random: np.random.Generator) -> Image.Image:
 
 
 def _background(name: str, side: int, random: np.random.Generator) -> np.ndarray:
-    """A gray of the named brightness with a slight tint and a gradient: [side, side, 3] uint8."""
-    low, high = BACKGROUNDS[name]
-    base = random.uniform(low, high) + random.uniform(-8, 8, size=3)
-    slope = random.uniform(-15, 15, size=2)
+    """The named colour with a slight tint and a gradient: [side, side, 3] uint8."""
+    base = np.array(BACKGROUNDS[name]) + random.uniform(-TINT, TINT, size=3)
+    slope = random.uniform(-GRADIENT, GRADIENT, size=2)
     ramp = np.linspace(-0.5, 0.5, side)
     shade = slope[0] * ramp[:, None] + slope[1] * ramp[None, :]
     return (base + shade[..., None]).clip(0, 255).astype(np.uint8)
@@ -70,19 +71,19 @@ def _paint(picture: Image.Image, thing: Thing, side: int, random: np.random.Gene
 
 
 def draw_texture(draw: ImageDraw.ImageDraw, texture: str, side: int, period: float, fill: tuple[int, ...]) -> None:
-    """Stripes or dots of a darker shade on a square tile of `side` pixels, counted from its middle; nothing for `plain`."""
+    """White stripes or dark dots on a square tile of `side` pixels, counted from its middle; nothing for `plain`."""
     if texture == "plain":
         return
-    shade = tuple(int(level * SHADE) for level in fill)
     count = math.ceil(side / 2 / period)
     marks = [side / 2 + period * k for k in range(-count, count + 1)]
-    half = period / 4 if texture == "striped" else period / 3
+    dark = tuple(int(level * SHADE) for level in fill)
+    half = period / 5 if texture == "striped" else period / 3.5
     for y in marks:
         if texture == "striped":
-            draw.rectangle((0, y - half, side, y + half), fill=shade)
+            draw.rectangle((0, y - half, side, y + half), fill=WHITE)
         else:
             for x in marks:
-                draw.ellipse((x - half, y - half, x + half, y + half), fill=shade)
+                draw.ellipse((x - half, y - half, x + half, y + half), fill=dark)
 
 
 def draw_shape(draw: ImageDraw.ImageDraw, shape: str, center: float, radius: float, angle: float) -> None:

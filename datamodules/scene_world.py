@@ -15,14 +15,14 @@ import numpy as np
 SHAPES = ("circle", "square", "triangle", "cross", "star", "ring", "heart", "diamond")
 # No word that follows an article begins with a vowel: "an" would give the answer away.
 COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (220, 30, 35),
-    "green": (40, 160, 50),
-    "blue": (35, 70, 220),
-    "yellow": (240, 215, 30),
-    "brown": (130, 75, 30),
-    "purple": (130, 40, 170),
+    "red": (235, 40, 40),
+    "green": (50, 185, 60),
+    "blue": (60, 100, 250),
+    "yellow": (240, 220, 40),
+    "brown": (165, 100, 45),
+    "purple": (165, 60, 215),
     "pink": (250, 150, 195),
-    "cyan": (50, 205, 215),
+    "cyan": (50, 210, 220),
 }
 TEXTURES = ("plain", "striped", "dotted")
 SIZES = ("small", "large")
@@ -32,7 +32,9 @@ PLACES: dict[str, tuple[float, float]] = {  # centre as a share of the picture's
     "bottom left": (0.25, 0.75),
     "bottom right": (0.75, 0.75),
 }
-BACKGROUNDS: dict[str, tuple[int, int]] = {"dark": (15, 60), "gray": (105, 150), "bright": (205, 245)}
+# Darker than every colour of a thing: a shape is brighter than what is around it whatever its colour, so that what a
+# tower learns about the outlines of one colour holds for the others.
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {"black": (14, 14, 14), "navy": (14, 20, 70), "maroon": (70, 14, 20)}
 MAX_THINGS = 4
 HELD_OUT = frozenset(zip(COLORS, (SHAPES[3:] + SHAPES[:3]), strict=True))
 

@@ -6,6 +6,7 @@ before it is imported.
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from pathlib import Path
@@ -16,13 +17,15 @@ import lightning.pytorch as pl
 from jsonargparse import ArgumentError, set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from step37_lit.config import ConfigError
 from step37_lit.lit_module import Step37LitModule
+from step37_lit.run_log import ContinuingCSVLogger
 
+LIGHTNING_LOGGERS = ("lightning.pytorch", "lightning.fabric")
 USER_ERROR = 2
 INTERRUPTED = 130
 PROJECT_PACKAGES = ["step37_lit", "datamodules", "callbacks"]
@@ -95,14 +98,22 @@ class Step37CLI(LightningCLI):
     def parse_arguments(self, parser: Any, args: Any) -> None:
         self.config = parser.parse_args(args)
 
+    def before_instantiate_classes(self) -> None:
+        if self.subcommand != "fit":  # an evaluation of a run must not overwrite what the run wrote
+            self.save_config_callback = None
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """The Trainer; where the recipe names no logger, one metrics.csv and TensorBoard below the run's folder."""
+        """The Trainer. Where the recipe names no logger, training writes one metrics.csv and TensorBoard's files into
+        the run's folder, and an evaluation prints."""
         config = self._get(self.config_init, "trainer")
         if config["logger"] in (None, True):
-            root = config["default_root_dir"]
-            csv = CSVLogger(root, name="", version="")
-            kwargs["logger"] = [csv, TensorBoardLogger(root, name="tensorboard", version="")]
+            kwargs["logger"] = self._run_loggers(config["default_root_dir"]) if self.subcommand == "fit" else False
         return super().instantiate_trainer(**kwargs)
+
+    def _run_loggers(self, root: str) -> list[Logger]:
+        resumed = self._get(self.config_init, "ckpt_path") is not None
+        metrics = ContinuingCSVLogger(root) if resumed else CSVLogger(root, name="", version="")
+        return [metrics, TensorBoardLogger(root, name="tensorboard", version="")]
 
     def after_instantiate_classes(self) -> None:
         """Everything that can be refused is refused here, before a process starts or a file is written."""
@@ -142,21 +153,30 @@ def summary(trainer: pl.Trainer) -> str:
     return (
         f"reached     step {trainer.global_step}: {reached}\n"
         f"checkpoint  {saved}\n"
-        f"files       {root}: metrics.csv, config.yaml, tensorboard (tensorboard --logdir {root})"
+        f"files       {root}: metrics.csv, config.yaml, pictures; curves: tensorboard --logdir {root}"
     )
 
 
 def run(args: list[str]) -> int:
-    """Runs one command and gives its exit code: 0, 2 for a mistake of the user's (one line on stderr), 130 for Ctrl-C."""
+    """Runs one command.
+
+    Returns:
+        The exit code: 0, 2 for a mistake of the user's (one line on stderr), 130 for Ctrl-C.
+    """
+    for name in LIGHTNING_LOGGERS:  # which device was found is not news, and an error is one line
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         cli = Step37CLI(args)
-    except (ConfigError, MisconfigurationException) as error:
-        return _refuse(error)
-    except ArgumentError as error:
-        return _refuse(error)
+    except (ConfigError, MisconfigurationException, ArgumentError) as error:
+        print(f"error: {one_line(error, args)}", file=sys.stderr)
+        return USER_ERROR
     return INTERRUPTED if cli.interrupted else 0
 
 
-def _refuse(error: Exception) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return USER_ERROR
+def one_line(error: Exception, args: list[str]) -> str:
+    """The error as one line that begins with the recipe's name, where one was given."""
+    text = " ".join(str(error).split())
+    values = [value for option, value in zip(args, args[1:], strict=False) if option in ("-c", "--config")]
+    values += [option.partition("=")[2] for option in args if option.startswith("--config=")]
+    recipes = ", ".join(values)
+    return text if not recipes or any(value in text for value in values) else f"{recipes}: {text}"

@@ -97,18 +97,11 @@ class Step37LitModule(pl.LightningModule):
 
     @property
     def strategy(self) -> MegatronStrategy:
-        """The Trainer's strategy.
-
-        Raises:
-            ConfigError: it is not a `MegatronStrategy`.
-        """
-        strategy = self.trainer.strategy
-        expected = "step37_lit.MegatronStrategy"
-        require(isinstance(strategy, MegatronStrategy), "trainer.strategy", expected, type(strategy).__name__)
-        return strategy  # type: ignore[return-value]
+        """The Trainer's strategy; raises `ConfigError` where it is not a `MegatronStrategy`."""
+        return megatron_strategy(self.trainer)
 
     def setup(self, stage: str) -> None:
-        _ = self.strategy  # another strategy would train without reducing anything: refused first
+        megatron_strategy(self.trainer)  # refuses another one before anything is built
 
     def configure_model(self) -> None:
         """Builds this rank's part of the model; without a Trainer, the whole model in this process."""
@@ -145,10 +138,7 @@ class Step37LitModule(pl.LightningModule):
         Raises:
             ConfigError: names the field of the recipe.
         """
-        strategy = trainer.strategy
-        expected = "step37_lit.MegatronStrategy"
-        require(isinstance(strategy, MegatronStrategy), "trainer.strategy", expected, type(strategy).__name__)
-        strategy.check(self.config, trainer, fitting)
+        megatron_strategy(trainer).check(self.config, trainer, fitting)
         if fitting:
             self._lr_factor(trainer.max_steps)
         if datamodule is not None and hasattr(datamodule, "config"):  # data made for a model: it must be this one
@@ -260,6 +250,18 @@ class Step37LitModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._random_states = checkpoint["random_states"]
+
+
+def megatron_strategy(trainer: pl.Trainer) -> MegatronStrategy:
+    """The Trainer's strategy.
+
+    Raises:
+        ConfigError: it is another one, which would train without reducing anything.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, MegatronStrategy):
+        raise ConfigError("trainer.strategy", "step37_lit.MegatronStrategy", type(strategy).__name__)
+    return strategy
 
 
 def split_samples(pack: PackedBatch, predictions: Tensor) -> list[tuple[str, Tensor, Tensor]]:

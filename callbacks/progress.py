@@ -1,0 +1,34 @@
+"""The progress bar of training: loss, speed, share of GEMM peak and padding, under short names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import RichProgressBar
+
+# Logged name -> (name in the bar, format)
+SHOWN: dict[str, tuple[str, str]] = {
+    "train/loss": ("loss", "{:.3f}"),
+    "train/tokens_per_second": ("tok/s", "{:,.0f}"),
+    "train/images_per_second": ("img/s", "{:,.0f}"),
+    "train/mfu": ("GEMM peak", "{:.0%}"),
+    "train/padding": ("padding", "{:.0%}"),
+    "val/attribute_accuracy": ("attributes", "{:.1%}"),
+}
+
+
+class TrainingProgressBar(RichProgressBar):
+    """Lightning's rich bar with what a person watches; one step of the bar is one optimizer step.
+
+    Args:
+        refresh_rate: Steps between two updates of the bar.
+        leave: Keep the bar on the screen when an epoch ends.
+    """
+
+    def __init__(self, refresh_rate: int = 1, leave: bool = False):
+        super().__init__(refresh_rate=refresh_rate, leave=leave)
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        logged = trainer.callback_metrics
+        return {short: form.format(float(logged[name])) for name, (short, form) in SHOWN.items() if name in logged}
