@@ -1,7 +1,8 @@
 """Paraphrased captions of a `Scene`, with every attribute word marked.
 
 All captions name the things in reading order of their places, the place first, and a caption's first word fixes the
-order of everything behind it. So each attribute word is determined by the picture and the words before it: 100% is attainable.
+order of everything behind it. So each attribute word is determined by the picture and the words before it, and 100% is
+attainable.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ def _color_first(scene: Scene) -> list[Piece]:
 
 
 def _shape_first(scene: Scene) -> list[Piece]:
-    return _listed(scene, "The picture holds {count} NOUN: ", "{place} a {shape}, {color}, {texture}, {size}", "; ", ".")
+    return _listed(
+        scene, "The picture holds {count} NOUN: ", "{place} a {shape}, {color}, {texture}, {size}", "; ", "."
+    )
 
 
 def _texture_last(scene: Scene) -> list[Piece]:

@@ -34,7 +34,7 @@ PLACES: dict[str, tuple[float, float]] = {  # centre as a share of the picture's
 }
 # Darker than every colour of a thing: a shape is brighter than what is around it whatever its colour, so that what a
 # tower learns about the outlines of one colour holds for the others.
-BACKGROUNDS: dict[str, tuple[int, int, int]] = {"black": (14, 14, 14), "navy": (14, 20, 70), "maroon": (70, 14, 20)}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {"black": (14, 14, 14), "navy": (14, 24, 85), "maroon": (85, 14, 24)}
 MAX_THINGS = 4
 HELD_OUT = frozenset(zip(COLORS, (SHAPES[3:] + SHAPES[:3]), strict=True))
 

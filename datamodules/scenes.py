@@ -1,7 +1,7 @@
 """The embedded data set: rendered scenes with captions, as a LightningDataModule that emits lists of packs.
 
-Everything is a pure function of (seed, split, index): there are no files, and an epoch can be resumed at any step by its
-number alone. Item s of a loader is global step s; it holds this data-parallel rank's microbatches of that step.
+Everything is a pure function of (seed, split, index): there are no files, and an epoch can be resumed at any step by
+its number alone. Item s of a loader is global step s; it holds this data-parallel rank's microbatches of that step.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class SceneSamples:
         }
 
     def messages(self, index: int) -> list[dict[str, Any]]:
-        """A question about the picture and one of the captions as its answer; attribute words are parts of their own."""
+        """A question about the picture and a caption as its answer; attribute words are parts of their own."""
         random = generator(self.seed, self.split, index, "words")
         paraphrases = captions(draw_scene(self.seed, self.split, index, self.count_weights))
         prompt = PROMPTS[random.integers(len(PROMPTS))]
@@ -136,6 +136,18 @@ class StepDataset(Dataset):
         )
 
 
+def steps_in_order(dataset: StepDataset, steps: range, num_workers: int) -> DataLoader:
+    """The items `steps` of a data set, made by `num_workers` processes (0: by this one)."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=steps,
+        num_workers=num_workers,
+        prefetch_factor=PREFETCHED_STEPS if num_workers else None,
+        generator=torch.Generator(),  # so that a loader draws nothing from the global random numbers
+    )
+
+
 class StepLoader:
     """Yields the items of a `StepDataset` in order, epoch after epoch, and knows its position.
 
@@ -156,18 +168,12 @@ class StepLoader:
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
         first = self.epoch * len(self)
-        items = DataLoader(
-            self.dataset,
-            batch_size=None,
-            sampler=range(first + self.position, first + len(self)),
-            num_workers=self.num_workers,
-            prefetch_factor=PREFETCHED_STEPS if self.num_workers else None,
-            generator=torch.Generator(),  # so that a loader draws nothing from the global random numbers
-        )
-        for item in items:
+        for item in steps_in_order(self.dataset, range(first + self.position, first + len(self)), self.num_workers):
+            # Moved on before the item is handed out: who takes the last one need not ask for another.
             self.position += 1
+            if self.position == len(self):
+                self.epoch, self.position = self.epoch + 1, 0
             yield item
-        self.epoch, self.position = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
         """A few numbers, the same on every rank."""
@@ -260,24 +266,26 @@ class ScenesDataModule(pl.LightningDataModule):
     def samples(self, split: Split) -> SceneSamples:
         return SceneSamples(self.processor, self.seed, split, self.count_weights, self.shuffled_images)
 
-    def loader(self, split: Split, num_steps: int) -> StepLoader:
+    def dataset(self, split: Split, num_steps: int) -> StepDataset:
         """`num_steps` global steps of a split: this rank's share under a Trainer, everything without one."""
         rank, ranks = 0, 1
         if self.trainer is not None:
             share = self.trainer.strategy.distributed_sampler_kwargs  # type: ignore[attr-defined]
             rank, ranks = share["rank"], share["num_replicas"]
-        dataset = StepDataset(
+        return StepDataset(
             self.samples(split), num_steps, self.microbatches, self.samples_per_pack, self.pad_to, rank, ranks
         )
-        return StepLoader(dataset, self.num_workers)
 
     def train_dataloader(self) -> StepLoader:
-        return self.loader("train", self.num_steps)
+        return StepLoader(self.dataset("train", self.num_steps), self.num_workers)
 
-    def val_dataloader(self) -> list[StepLoader]:
-        """Unseen combinations first (`val/attribute_accuracy`), then new scenes of seen ones (`..._seen`)."""
-        steps = self.val_samples // (self.microbatches * self.samples_per_pack)
-        return [self.loader(split, steps) for split in ("unseen", "seen")]
+    def val_dataloader(self) -> list[DataLoader]:
+        """Unseen combinations first (`val/attribute_accuracy`), then new scenes of seen ones (`..._seen`); the same
+        scenes at each validation."""
+        steps = range(self.val_samples // (self.microbatches * self.samples_per_pack))
+        return [
+            steps_in_order(self.dataset(split, len(steps)), steps, self.num_workers) for split in ("unseen", "seen")
+        ]
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader

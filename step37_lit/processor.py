@@ -6,12 +6,15 @@ A message is `{"role": "system" | "user" | "assistant", "content": C}`. C is a s
     {"type": "text", "text": "circle", "attribute": "shape"}   words whose accuracy is measured, by kind
     {"type": "image"}                                     the next picture
 
-A chat template (Jinja, sandboxed) turns messages into text, with one `<im_patch>` where a picture belongs; the processor
-puts `<im_start>`, the picture's `<im_patch>` tokens and `<im_end>` there. Special tokens that an author wrote stay text.
+A chat template (Jinja, sandboxed) turns messages into text, with one `<im_patch>` where a picture belongs; the
+processor puts `<im_start>`, the picture's `<im_patch>` tokens and `<im_end>` there. Special tokens that an author wrote
+stay text.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,7 +64,7 @@ class _Text:
 
 @dataclass
 class _Tokens:
-    """Token ids and the characters that each comes from; a picture's tokens all come from its marker."""
+    """Token ids and the characters that each comes from, ascending; a picture's tokens all come from its marker."""
 
     ids: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
@@ -123,7 +126,7 @@ class Step37Processor:
         return self._sample(_Text(self._render(self._escaped(messages), add_generation_prompt=True)), images, key)
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """The global view: [1, 3, image_size, image_size] uint8, bilinear as Pillow does it, whatever the aspect ratio."""
+        """The global view: [1, 3, image_size, image_size] uint8, by Pillow's bilinear, whatever the aspect ratio."""
         require(image.mode in PIXEL_MODES, "image mode", " or ".join(PIXEL_MODES), image.mode)
         side = self.config.vision.image_size
         rgb = image.convert("RGB")
@@ -134,13 +137,12 @@ class Step37Processor:
     def _sample(self, text: _Text, images: Sequence[Image.Image], key: str) -> Sample:
         tokens = self._tokenize(text, len(images))
         mask = torch.zeros(len(tokens.ids), dtype=torch.float32)
-        starts, ends = torch.tensor(tokens.starts), torch.tensor(tokens.ends)
         for first, last in text.learnt:
-            mask[(starts >= first) & (starts < last)] = 1.0
+            mask[bisect.bisect_left(tokens.starts, first) : bisect.bisect_left(tokens.starts, last)] = 1.0
         spans: dict[str, list[list[int]]] = {}
         for kind, first, last in text.attributes:
-            inside = ((starts < last) & (ends > first)).nonzero()
-            spans.setdefault(kind, []).append([int(inside[0]), int(inside[-1]) + 1])
+            span = [bisect.bisect_right(tokens.ends, first), bisect.bisect_left(tokens.starts, last)]
+            spans.setdefault(kind, []).append(span)
         return Sample(
             key=key,
             input_ids=torch.tensor(tokens.ids, dtype=torch.int64),
@@ -156,7 +158,7 @@ class Step37Processor:
         picture = [ids.im_start, *[ids.im_patch] * per_image, ids.im_end]
         tokens, markers = _Tokens(), 0
         cuts = [0, *(first for first, _ in text.learnt), len(text.text)]
-        for begin, stop in zip(cuts[:-1], cuts[1:], strict=True):
+        for begin, stop in itertools.pairwise(cuts):
             for start, end, special in self.tokenizer.split_special(text.text[begin:stop]):
                 start, end = begin + start, begin + end
                 if special is None:

@@ -114,7 +114,7 @@ class Step37Tokenizer:
         return self._whole.get_vocab_size(with_added_tokens=True)
 
     def check_ids(self, tokens: TokenIds, vocab_size: int) -> None:
-        """Raises `ConfigError` unless the model's ids are those of this tokenizer and its embedding holds every token."""
+        """Raises `ConfigError` unless the model has this tokenizer's ids and its embedding holds every token."""
         for field, name in NAMES.items():
             expected, found = getattr(tokens, field), self.special_ids[name]
             if found != expected:

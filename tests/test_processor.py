@@ -81,28 +81,32 @@ def test_a_tokenizer_without_a_special_token_is_named(tokenizer, tmp_path):
     content = json.loads(path.read_text())
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != IMAGE_PATCH]
     path.write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match="tokenizer.json: .*<im_patch>"):
+    with pytest.raises(ConfigError, match=r"tokenizer.json: .*<im_patch>"):
         Step37Tokenizer.from_file(path)
     path.write_text("{")
-    with pytest.raises(ConfigError, match="tokenizer.json: tokenizer: expected a tokenizer.json"):
+    with pytest.raises(ConfigError, match=r"tokenizer.json: tokenizer: expected a tokenizer.json"):
         Step37Tokenizer.from_file(path)
-    with pytest.raises(ConfigError, match="expected a file"):
+    with pytest.raises(ConfigError, match=r"expected a file"):
         Step37Tokenizer.from_file(tmp_path / "absent.json")
 
 
 def test_ids_that_differ_from_the_model_are_refused(tokenizer, config):
     other = dataclasses.replace(config, tokens=dataclasses.replace(TOKENS, im_start=200))
-    with pytest.raises(ConfigError, match="id of <im_start>: expected 200 .* found 3"):
+    with pytest.raises(ConfigError, match=r"id of <im_start>: expected 200 .* found 3"):
         Step37Processor(tokenizer, other)
     small = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=100))
-    with pytest.raises(ConfigError, match="at most text.vocab_size 100"):
+    with pytest.raises(ConfigError, match=r"at most text.vocab_size 100"):
         Step37Processor(tokenizer, small)
 
 
 def test_every_assistant_turn_is_learnt_and_nothing_else(processor, tokenizer):
     messages = [
-        {"role": "system", "content": "be short"}, user("what?"), assistant("a red circle"), user("and?"), assistant("a ring"),
-    ]  # fmt: skip
+        {"role": "system", "content": "be short"},
+        user("what?"),
+        assistant("a red circle"),
+        user("and?"),
+        assistant("a ring"),
+    ]
     sample = processor(messages)
     assert learnt_text(tokenizer, sample) == f"a red circle{TURN_END}a ring{TURN_END}"
     whole = tokenizer.decode(sample.input_ids.tolist(), skip_special=False)
@@ -179,19 +183,20 @@ def test_attribute_words_are_found_as_tokens(processor, tokenizer):
 
 def test_an_own_chat_template_and_its_sandbox(tokenizer, config):
     template = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+        "{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     sample = Step37Processor(tokenizer, config, template)([{"role": "user", "content": "what?"}, assistant("a ring")])
     assert tokenizer.decode(sample.input_ids.tolist(), skip_special=False) == f"[user]what?[assistant]a ring{TURN_END}"
     assert learnt_text(tokenizer, sample) == f"a ring{TURN_END}"
     for hostile in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ raise_exception('no') }}"):
-        with pytest.raises(ConfigError, match="chat_template"):
+        with pytest.raises(ConfigError, match=r"chat_template"):
             Step37Processor(tokenizer, config, hostile)([{"role": "user", "content": "x"}, assistant("y")])
-    with pytest.raises(ConfigError, match="chat_template: expected a Jinja template"):
+    with pytest.raises(ConfigError, match=r"chat_template: expected a Jinja template"):
         Step37Processor(tokenizer, config, "{% for %}")
     forgetful = "{% for m in messages[-1:] %}{{ m.role }}{{ m.content }}<|im_end|>{% endfor %}"
-    with pytest.raises(ConfigError, match="earlier text kept"):
+    with pytest.raises(ConfigError, match=r"earlier text kept"):
         Step37Processor(tokenizer, config, forgetful)([{"role": "user", "content": "x"}, assistant("y")])
 
 

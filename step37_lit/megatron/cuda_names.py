@@ -114,3 +114,9 @@ def cpu_for_cuda() -> Iterator[None]:
         return
     with _CpuForCuda():
         yield
+
+
+def native_names() -> contextlib.AbstractContextManager:
+    """Inside `cpu_for_cuda`, around the model's own forward: it names no device, and is spared the detour of each of
+    its operations through the mode (3,400 in a step of the tiny model)."""
+    return contextlib.nullcontext() if torch.cuda.is_available() else torch._C.DisableTorchFunction()

@@ -67,7 +67,8 @@ def run_schedule(
 
     def step(iterator: Iterator[PackedBatch], model: nn.Module) -> tuple[Tensor, Callable]:
         pack = next(iterator)
-        return forward(model, pack), partial(finish, pack)
+        with cuda_names.native_names():
+            return forward(model, pack), partial(finish, pack)
 
     with cuda_names.cpu_for_cuda():
         return get_forward_backward_func()(
