@@ -213,14 +213,14 @@ def test_bad_arguments_are_named(data, changed, message):
 
 def test_every_validation_sees_the_same_scenes(data):
     """Also where the reader takes as many items as there are and never asks for one more, as Lightning does."""
-    unseen, _ = data.val_dataloader()
+    unseen, _ = data().val_dataloader()
     first, second = ([step[0].sample_keys for step in itertools.islice(unseen, len(unseen))] for _ in range(2))
     assert len(first) == len(unseen) > 0
     assert first == second
 
 
 def test_the_next_epoch_begins_where_the_last_one_was_read_to_its_end(data):
-    loader = data.train_dataloader()
+    loader = data().train_dataloader()
     epochs = [[step[0].sample_keys for step in itertools.islice(loader, len(loader))] for _ in range(2)]
     assert [len(epoch) for epoch in epochs] == [len(loader)] * 2
     assert not set(epochs[0]) & set(epochs[1])
