@@ -93,7 +93,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
 
     data = ScenesDataModule(preset=options.preset, num_steps=options.steps)
-    steps = [next_packs for next_packs in data.train_dataloader()]
+    steps = list(data.train_dataloader())
     turns = TakingTurns(steps, BareLoop(Step37Config.preset(options.preset)))
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(

@@ -170,7 +170,9 @@ def main() -> None:
         share = flops / median / peak
         print(f"{name:>6}: {pack.num_tokens / median:8.0f} real tokens/s, {share:.0%} of the GEMM peak")
     ratios = sorted(theirs / ours for ours, theirs in pairs)
-    print(f"ratio: {statistics.median(ratios):.2f} (median of {len(ratios)} pairs; {ratios[0]:.2f} to {ratios[-1]:.2f})")
+    print(
+        f"ratio: {statistics.median(ratios):.2f} (median of {len(ratios)} pairs; {ratios[0]:.2f} to {ratios[-1]:.2f})"
+    )
 
 
 if __name__ == "__main__":

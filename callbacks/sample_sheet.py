@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ def captions_of(pack: PackedBatch, predictions: Tensor, tokenizer: object) -> li
     require(len(pictures) == len(pack.sample_keys), "pictures of a pack", len(pack.sample_keys), len(pictures))
     captions = []
     borders = pack.cu_seqlens.tolist()
-    for i, (start, end) in enumerate(zip(borders, borders[1:], strict=False)):
+    for i, (start, end) in enumerate(itertools.pairwise(borders)):
         if i == len(pack.sample_keys):
             break  # the padded tail
         learnt = pack.loss_mask[0, start:end] > 0
@@ -105,7 +106,7 @@ def captions_of(pack: PackedBatch, predictions: Tensor, tokenizer: object) -> li
 
 
 def _text(tokenizer: object, ids: Tensor) -> str:
-    return tokenizer.decode(ids.tolist()).strip()  # type: ignore[attr-defined]
+    return tokenizer.decode(ids.tolist()).strip()
 
 
 def draw_sheet(captions: list[Caption], columns: int) -> Image.Image:

@@ -15,14 +15,14 @@ import numpy as np
 SHAPES = ("circle", "square", "triangle", "cross", "star", "ring", "heart", "diamond")
 # No word that follows an article begins with a vowel: "an" would give the answer away.
 COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (235, 40, 40),
-    "green": (50, 185, 60),
-    "blue": (60, 100, 250),
-    "yellow": (240, 220, 40),
-    "brown": (165, 100, 45),
-    "purple": (165, 60, 215),
-    "pink": (250, 150, 195),
-    "cyan": (50, 210, 220),
+    "red": (245, 50, 50),
+    "green": (50, 200, 60),
+    "blue": (60, 105, 255),
+    "yellow": (240, 225, 40),
+    "brown": (185, 120, 60),
+    "purple": (175, 60, 235),
+    "pink": (250, 160, 205),
+    "cyan": (50, 215, 225),
 }
 TEXTURES = ("plain", "striped", "dotted")
 SIZES = ("small", "large")
@@ -32,9 +32,12 @@ PLACES: dict[str, tuple[float, float]] = {  # centre as a share of the picture's
     "bottom left": (0.25, 0.75),
     "bottom right": (0.75, 0.75),
 }
-# Darker than every colour of a thing: a shape is brighter than what is around it whatever its colour, so that what a
-# tower learns about the outlines of one colour holds for the others.
-BACKGROUNDS: dict[str, tuple[int, int, int]] = {"black": (14, 14, 14), "navy": (14, 24, 85), "maroon": (85, 14, 24)}
+# Near the mean that the model's normalisation subtracts: on black ones hues were learnt long after shapes.
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "gray": (112, 110, 104),
+    "slate": (78, 92, 128),
+    "olive": (104, 104, 62),
+}
 MAX_THINGS = 4
 HELD_OUT = frozenset(zip(COLORS, (SHAPES[3:] + SHAPES[:3]), strict=True))
 

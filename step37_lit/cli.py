@@ -6,6 +6,7 @@ before it is imported.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import signal
 import sys
@@ -176,7 +177,7 @@ def run(args: list[str]) -> int:
 def one_line(error: Exception, args: list[str]) -> str:
     """The error as one line that begins with the recipe's name, where one was given."""
     text = " ".join(str(error).split())
-    values = [value for option, value in zip(args, args[1:], strict=False) if option in ("-c", "--config")]
+    values = [value for option, value in itertools.pairwise(args) if option in ("-c", "--config")]
     values += [option.partition("=")[2] for option in args if option.startswith("--config=")]
     recipes = ", ".join(values)
     return text if not recipes or any(value in text for value in values) else f"{recipes}: {text}"

@@ -177,8 +177,8 @@ class Step37LitModule(pl.LightningModule):
         if not torch.isfinite(loss):
             keys = [key for pack in batch for key in pack.sample_keys]
             raise FloatingPointError(
-                f"step {self.global_step}: loss {loss.item()} on data-parallel rank {self.strategy.data_parallel_rank}, "
-                f"samples {keys}; the optimizer has not stepped"
+                f"step {self.global_step}: loss {loss.item()} on data-parallel rank "
+                f"{self.strategy.data_parallel_rank}, samples {keys}; the optimizer has not stepped"
             )
         self.log("train/loss", loss.float(), on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
         return loss

@@ -42,9 +42,12 @@ def test_overview_is_quick_and_imports_no_torch(tmp_path: Path) -> None:
     for subcommand in ("fit", "validate", "test", "predict"):
         assert subcommand in shown.stdout
     assert seconds < 2
-    probe = "import sys, step37_lit.__main__, step37_lit.cli_help; print({'torch', 'lightning', 'megatron'} & set(sys.modules))"
+    imports = "import sys, step37_lit.__main__, step37_lit.cli_help"
+    probe = f"{imports}; print({{'torch', 'lightning', 'megatron'}} & set(sys.modules))"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    imported = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True)
+    imported = subprocess.run(
+        [sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True
+    )
     assert imported.stdout.strip() == "set()"
 
 
@@ -60,7 +63,9 @@ def test_fit_then_resume_then_validate(tmp_path: Path) -> None:
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]  # nothing beside the run's folder
     assert [path.relative_to(run) for path in run.rglob("metrics.csv")] == [Path("metrics.csv")]
-    assert {"config.yaml", "checkpoints", "tensorboard", "pictures", "tokenizer.json"} <= {p.name for p in run.iterdir()}
+    assert {"config.yaml", "checkpoints", "tensorboard", "pictures", "tokenizer.json"} <= {
+        p.name for p in run.iterdir()
+    }
     assert [step for step, _ in rows(run / "metrics.csv", "train/loss")] == [0, 1, 2, 3]
     for column in ("train/grad_norm", "train/mfu", "train/tokens_per_second", "train/images_per_second"):
         assert len(rows(run / "metrics.csv", column)) == 4, column
@@ -96,8 +101,14 @@ def test_fit_then_resume_then_validate(tmp_path: Path) -> None:
 BAD: dict[str, tuple[list[str], list[str]]] = {
     "missing recipe": (["--config=none.yaml"], ["none.yaml"]),
     "unknown option": ([f"--config={RECIPE}", "--model.lrr=1"], ["lrr"]),
-    "unknown field of the model": ([f"--config={RECIPE}", "--model.text.hiden_size=3"], ["hiden_size", "hidden_size", "3"]),
-    "inconsistent field": ([f"--config={RECIPE}", "--model.text.num_heads=5"], ["text.num_heads", "num_kv_groups 2", "5"]),
+    "unknown field of the model": (
+        [f"--config={RECIPE}", "--model.text.hiden_size=3"],
+        ["hiden_size", "hidden_size", "3"],
+    ),
+    "inconsistent field": (
+        [f"--config={RECIPE}", "--model.text.num_heads=5"],
+        ["text.num_heads", "num_kv_groups 2", "5"],
+    ),
     "wrong type": ([f"--config={RECIPE}", "--model.lr=fast"], ["model.lr", "fast"]),
     "unknown preset": ([f"--config={RECIPE}", "--model.preset=huge"], ["preset", "tiny", "huge"]),
     "missing hub folder": ([f"--config={RECIPE}", "--model.preset=null", "--model.hub=nowhere"], ["nowhere"]),
@@ -126,9 +137,7 @@ def test_a_users_mistake_is_one_line(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ["--trainer.callbacks+", "--trainer.strategy", "--data", "--trainer.logger"])
 def test_a_class_that_is_not_allowed_is_not_imported(option: str, tmp_path: Path) -> None:
-    (tmp_path / "planted.py").write_text(
-        "import pathlib\npathlib.Path('imported').touch()\nclass Thing:\n    pass\n"
-    )
+    (tmp_path / "planted.py").write_text("import pathlib\npathlib.Path('imported').touch()\nclass Thing:\n    pass\n")
     for name in ("planted.Thing", "subprocess.Popen", "lightning.pytorch.callbacks.LambdaCallback"):
         refused = command("fit", f"--config={RECIPE}", f"{option}={name}", folder=tmp_path)
         assert refused.returncode == 2, refused.stderr

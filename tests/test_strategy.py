@@ -43,7 +43,9 @@ def fit(
 
 
 def save_at(step: int, root: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(root, filename="at{step}", every_n_train_steps=step, save_top_k=-1, auto_insert_metric_name=False)
+    return ModelCheckpoint(
+        root, filename="at{step}", every_n_train_steps=step, save_top_k=-1, auto_insert_metric_name=False
+    )
 
 
 def state_of(trainer: pl.Trainer, lit: Step37LitModule) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def test_a_run_that_lost_its_optimizer_state_is_noticed(tmp_path: Path) -> None:
 
 def test_loss_does_not_depend_on_how_samples_are_packed(tmp_path: Path) -> None:
     """One global batch as 4 packs in one step; loss per token of the global batch, by hand from the model."""
-    _, lit, rows = fit(tmp_path, 1)
+    _, _lit, rows = fit(tmp_path, 1)
     fresh = Step37LitModule(**module_arguments())
     fresh.configure_model()
     data = TinyData()
@@ -140,7 +142,7 @@ def test_parameter_groups(tmp_path: Path) -> None:
     assert {(round(g["initial_lr"], 9), round(g["weight_decay"], 9)) for g in optimizer.param_groups} == {
         (1e-3, 0.3), (1e-3, 0.0), (1e-4, 0.3), (1e-4, 0.0)
     }  # fmt: skip
-    sizes = {key: 0 for key in (True, False)}
+    sizes = dict.fromkeys((True, False), 0)
     for name, parameter in lit.model.named_parameters():
         sizes[parameter.dim() > 1] += parameter.numel()
         if name.endswith(("norm.weight", "bias", "gamma")):

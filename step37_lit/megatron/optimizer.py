@@ -89,7 +89,7 @@ class ForwardingOptimizer(torch.optim.Optimizer):
         chained = self.megatron.chained_optimizers
         return [optimizer.optimizer for optimizer in chained if optimizer.optimizer is not None]
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Runs the closure (Lightning's forward and backward), then clips and updates."""
         loss = None
         if closure is not None:

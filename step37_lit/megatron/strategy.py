@@ -66,6 +66,8 @@ class MegatronStrategy(DDPStrategy):
         context: Ranks that share each pack.
         sequence_parallel: Split the residual stream over the tensor ranks between matrices.
         seed: Of megatron's random-number generators.
+        cpu_threads: Threads of this process's operations on the CPU; None leaves torch's choice, one a core. Loader
+            processes need cores too.
 
     The other arguments are Lightning's own and set by the Trainer.
     """
@@ -79,13 +81,17 @@ class MegatronStrategy(DDPStrategy):
         context: int = 1,
         sequence_parallel: bool = False,
         seed: int = 0,
+        cpu_threads: int | None = None,
         accelerator: Any = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: Any = None,
         precision_plugin: Precision | None = None,
     ):
         self.layout = ParallelLayout(tensor, pipeline, virtual_pipeline, expert, context, sequence_parallel)
-        self.seed = seed
+        require(
+            cpu_threads is None or cpu_threads > 0, "strategy.cpu_threads", "null or a positive number", cpu_threads
+        )
+        self.seed, self.cpu_threads = seed, cpu_threads
         # Set by a signal handler on any rank: all ranks learn of it with the next step and end together.
         self.stop_requested = False
         self.ddp: DistributedDataParallel | None = None
@@ -216,6 +222,8 @@ class MegatronStrategy(DDPStrategy):
         super().setup_environment()
 
     def setup_distributed(self) -> None:
+        if self.cpu_threads is not None:
+            torch.set_num_threads(self.cpu_threads)
         if self.num_nodes * self.num_processes > 1:
             super().setup_distributed()
         else:

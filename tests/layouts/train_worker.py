@@ -1,6 +1,6 @@
 """Trains the tests' model on N ranks and writes what each rank saw as JSON; started by `spawn.train`.
 
-    python tests/layouts/train_worker.py '{"devices": 2, "tensor": 2, ...}'
+python tests/layouts/train_worker.py '{"devices": 2, "tensor": 2, ...}'
 """
 
 from __future__ import annotations
