@@ -238,6 +238,8 @@ class ScenesDataModule(pl.LightningDataModule):
         require(
             min(count_weights) >= 0 < sum(count_weights), "data.count_weights", "0 or more, not all 0", count_weights
         )
+        if tokenizer is not None:  # now, and not when a run has written its first files
+            require(Path(tokenizer).is_file(), "data.tokenizer", "a file", tokenizer)
         self.config = Step37Config.preset(preset) if preset is not None else Step37Config.from_hub(str(hub))
         self.tokenizer_file, self.seed, self.num_steps = tokenizer, seed, num_steps
         self.microbatches, self.samples_per_pack, self.val_samples = microbatches, samples_per_pack, val_samples

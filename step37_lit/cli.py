@@ -103,6 +103,18 @@ class Step37CLI(LightningCLI):
         if self.subcommand != "fit":  # an evaluation of a run must not overwrite what the run wrote
             self.save_config_callback = None
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except FileNotFoundError as error:  # a file that the recipe names; its message names it
+            raise MisconfigurationException(str(error)) from error
+        except ValueError as error:
+            # jsonargparse wraps what a class's constructor raises in an account of every type it tried.
+            within: BaseException | None = error
+            while within is not None and not isinstance(within, ConfigError):
+                within = within.__cause__ or within.__context__
+            raise within or error from None
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The Trainer. Where the recipe names no logger, training writes one metrics.csv and TensorBoard's files into
         the run's folder, and an evaluation prints."""

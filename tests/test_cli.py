@@ -77,8 +77,7 @@ def test_fit_then_resume_then_validate(tmp_path: Path) -> None:
 
     # Six steps straight equal four and two more from the checkpoint; the log goes on in the same file.
     longer = ["--data.num_steps=6", "--model.decay_steps=4"]
-    half = ["--trainer.limit_train_batches=4"]
-    first = command("fit", f"--config={RECIPE}", *SHORT, *longer, *half, where, folder=tmp_path)
+    first = command("fit", f"--config={RECIPE}", *SHORT, *longer, where, folder=tmp_path)
     assert first.returncode == 0, first.stderr
     more = ["--trainer.max_steps=6", f"--ckpt_path={run}/checkpoints/last.ckpt"]
     resumed = command("fit", f"--config={RECIPE}", *SHORT, *longer, *more, where, folder=tmp_path)
@@ -114,6 +113,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "missing hub folder": ([f"--config={RECIPE}", "--model.preset=null", "--model.hub=nowhere"], ["nowhere"]),
     "missing checkpoint": ([f"--config={RECIPE}", "--ckpt_path=gone.ckpt"], ["ckpt_path", "gone.ckpt"]),
     "missing tokenizer": ([f"--config={RECIPE}", "--data.tokenizer=gone.json"], ["gone.json"]),
+    "packs": ([f"--config={RECIPE}", "--data.microbatches=0"], ["data.microbatches", "0"]),
     "layout": ([f"--config={RECIPE}", "--trainer.strategy.tensor=3"], ["strategy.tensor", "1 processes", "3"]),
     "heads": ([f"--config={RECIPE}", "--trainer.devices=4", "--trainer.strategy.tensor=4"], ["strategy.tensor", "4"]),
     "experts": ([f"--config={RECIPE}", "--trainer.strategy.expert=2"], ["strategy.expert", "2"]),
