@@ -21,11 +21,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
 from datamodules.scenes import ScenesDataModule
 from step37_lit import MegatronStrategy, PackedBatch, Step37Config, Step37LitModule, build_model
-from step37_lit.megatron import cuda_names, process, schedule
+from step37_lit.megatron import cuda_names, data_parallel, process, schedule
 from step37_lit.megatron.optimizer import AdamWSettings, ForwardingOptimizer
 
 WARM_UP = 10  # steps that are not counted
@@ -37,10 +36,7 @@ class BareLoop:
     def __init__(self, config: Step37Config):
         process.initialize()
         model = build_model(config)
-        ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-        with cuda_names.cpu_for_cuda():
-            self.ddp = DistributedDataParallel(model.config, ddp_config, model)
-        model.config.finalize_model_grads_func = finalize_model_grads
+        self.ddp = data_parallel.wrap(model)
         self.optimizer = ForwardingOptimizer(self.ddp, AdamWSettings(lr=1e-3), clip_grad=1.0, dtype=torch.float32)
 
     def step(self, packs: list[PackedBatch]) -> float:

@@ -19,14 +19,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from torch import Tensor
 
 from step37_lit.batch import ImageForInsert, PackedBatch, Sample
 from step37_lit.config import Step37Config
 from step37_lit.flops import training_flops
 from step37_lit.hub.load import load_hub_model
-from step37_lit.megatron import cuda_names, schedule
+from step37_lit.megatron import data_parallel, schedule
 from step37_lit.megatron.optimizer import AdamWSettings, ForwardingOptimizer
 from step37_lit.model.vision_tower import normalise
 from step37_lit.throughput import measure_gemm_peak
@@ -89,10 +88,7 @@ def mixed_samples(config: Step37Config, number: int) -> list[Sample]:
 def our_step(folder: str, samples: list[Sample]) -> tuple[Callable[[], float], PackedBatch, Step37Config]:
     model = load_hub_model(folder)
     pack = PackedBatch.from_samples(samples)
-    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    with cuda_names.cpu_for_cuda():
-        ddp = DistributedDataParallel(model.config, ddp_config, model)
-    model.config.finalize_model_grads_func = finalize_model_grads
+    ddp = data_parallel.wrap(model)
     optimizer = ForwardingOptimizer(ddp, AdamWSettings(LR, WEIGHT_DECAY, BETAS), clip_grad=1.0, dtype=torch.float32)
 
     def step() -> float:

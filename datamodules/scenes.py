@@ -1,23 +1,23 @@
 """The embedded data set: rendered scenes with captions, as a LightningDataModule that emits lists of packs.
 
 Everything is a pure function of (seed, split, index): there are no files, and an epoch can be resumed at any step by
-its number alone. Item s of a loader is global step s; it holds this data-parallel rank's microbatches of that step.
+its number alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
 from datamodules.scene_captions import caption_text, captions
 from datamodules.scene_rendering import render
 from datamodules.scene_world import Split, draw_scene, generator
+from datamodules.steps import DataShare, EvaluationLoader, Step, StepDataset, StepLoader, check_ranks, check_same
 from step37_lit.batch import PackedBatch, Sample
 from step37_lit.config import Step37Config, require
 from step37_lit.processor import Step37Processor
@@ -25,7 +25,6 @@ from step37_lit.tokenizer import Step37Tokenizer
 
 PROMPTS = ("Describe the picture.", "What is where?")
 TOKENIZER_SCENES = 500  # they hold every word of every caption many times
-PREFETCHED_STEPS = 4  # by each worker
 TOKENIZER_FILE = "tokenizer.json"
 SHUFFLE_OFFSET = 7_654_321  # a scene far from every index in use
 
@@ -85,48 +84,38 @@ class SceneSamples:
         return self.processor(self.messages(index), [self.picture(index)], key=f"{self.split}-{self.seed}-{index}")
 
 
-class StepDataset(Dataset):
-    """Item s: the microbatches of global step s that belong to one data-parallel rank.
-
-    The global step has `microbatches` packs of `samples_per_pack` samples, the same for every number of ranks. Rank r
-    of d has packs r, r + d, ...
+class SceneSteps(StepDataset):
+    """Global steps of one epoch: `microbatches` packs of `samples_per_pack` samples each, for every number of ranks.
 
     Args:
         samples: Where samples come from.
-        num_steps: Global steps.
+        steps: Numbers of the epoch's steps, counted over all epochs.
         microbatches: Packs of one global step over all ranks.
         samples_per_pack: Samples of one pack.
         pad_to: Length that every pack is padded to, or None.
-        rank: This data-parallel rank.
-        ranks: Number of data-parallel ranks; must divide `microbatches`.
+        share: The packs of this process.
     """
 
     def __init__(
         self,
         samples: SceneSamples,
-        num_steps: int,
+        steps: range,
         microbatches: int,
         samples_per_pack: int,
         pad_to: int | None = None,
-        rank: int = 0,
-        ranks: int = 1,
+        share: DataShare | None = None,
     ):
-        require(
-            microbatches % ranks == 0, "data.microbatches", f"a multiple of {ranks} data-parallel ranks", microbatches
-        )
-        self.samples, self.num_steps, self.microbatches = samples, num_steps, microbatches
-        self.samples_per_pack, self.pad_to, self.rank, self.ranks = samples_per_pack, pad_to, rank, ranks
+        self.samples, self.steps = samples, steps
+        self.microbatches, self.samples_per_pack, self.pad_to = microbatches, samples_per_pack, pad_to
+        self.share = DataShare() if share is None else share
+        check_ranks(microbatches, self.share.ranks)
 
     def __len__(self) -> int:
-        return self.num_steps
+        return len(self.steps)
 
-    def identity(self) -> dict[str, Any]:
-        """What must be the same for a step number to mean the same samples; ranks and workers may change."""
-        names = ("num_steps", "microbatches", "samples_per_pack")
-        return {name: getattr(self, name) for name in names} | self.samples.identity()
-
-    def __getitem__(self, step: int) -> list[PackedBatch]:
-        return [self._pack(step * self.microbatches + m) for m in range(self.rank, self.microbatches, self.ranks)]
+    def __getitem__(self, step: int) -> Step:
+        first = self.steps[step] * self.microbatches
+        return Step([self._pack(first + number) for number in self.share.numbers(self.microbatches)])
 
     def _pack(self, number: int) -> PackedBatch:
         first = number * self.samples_per_pack
@@ -136,54 +125,28 @@ class StepDataset(Dataset):
         )
 
 
-def steps_in_order(dataset: StepDataset, steps: range, num_workers: int) -> DataLoader:
-    """The items `steps` of a data set, made by `num_workers` processes (0: by this one)."""
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=steps,
-        num_workers=num_workers,
-        prefetch_factor=PREFETCHED_STEPS if num_workers else None,
-        generator=torch.Generator(),  # so that a loader draws nothing from the global random numbers
-    )
+@dataclass(frozen=True)
+class SceneEpochs:
+    """A `StepSource`: epoch e has the scenes behind those of epoch e - 1. Arguments as `SceneSteps`."""
 
+    samples: SceneSamples
+    num_steps: int
+    microbatches: int
+    samples_per_pack: int
+    pad_to: int | None = None
+    share: DataShare = DataShare()
 
-class StepLoader:
-    """Yields the items of a `StepDataset` in order, epoch after epoch, and knows its position.
+    def epoch(self, number: int) -> SceneSteps:
+        steps = range(number * self.num_steps, (number + 1) * self.num_steps)
+        return SceneSteps(self.samples, steps, self.microbatches, self.samples_per_pack, self.pad_to, self.share)
 
-    Lightning saves and loads the state of a loader that has `state_dict` and `load_state_dict`. It is not a subclass of
-    DataLoader, so that Lightning leaves the order alone.
+    def position(self, epoch: int) -> dict[str, Any]:
+        """What must be the same for a step number to mean the same samples."""
+        names = ("num_steps", "microbatches", "samples_per_pack")
+        return {name: getattr(self, name) for name in names} | self.samples.identity()
 
-    Args:
-        dataset: Its length is that of an epoch; epoch e has the items from e x length on.
-        num_workers: Processes that make items; 0 makes them in this process.
-    """
-
-    def __init__(self, dataset: StepDataset, num_workers: int = 0):
-        self.dataset, self.num_workers = dataset, num_workers
-        self.epoch, self.position = 0, 0  # of the next item
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __iter__(self) -> Iterator[list[PackedBatch]]:
-        first = self.epoch * len(self)
-        for item in steps_in_order(self.dataset, range(first + self.position, first + len(self)), self.num_workers):
-            # Moved on before the item is handed out: who takes the last one need not ask for another.
-            self.position += 1
-            if self.position == len(self):
-                self.epoch, self.position = self.epoch + 1, 0
-            yield item
-
-    def state_dict(self) -> dict[str, Any]:
-        """A few numbers, the same on every rank."""
-        return {"epoch": self.epoch, "position": self.position, **self.dataset.identity()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues behind the saved step. Raises `ConfigError` for another data set than the saved one."""
-        for name, value in self.dataset.identity().items():
-            require(state_dict[name] == value, f"data.{name}", f"{state_dict[name]} (in the checkpoint)", value)
-        self.epoch, self.position = state_dict["epoch"], state_dict["position"]
+    def check_position(self, state: dict[str, Any]) -> None:
+        check_same(state, self.position(state["epoch"]))
 
 
 class ScenesDataModule(pl.LightningDataModule):
@@ -268,26 +231,25 @@ class ScenesDataModule(pl.LightningDataModule):
     def samples(self, split: Split) -> SceneSamples:
         return SceneSamples(self.processor, self.seed, split, self.count_weights, self.shuffled_images)
 
-    def dataset(self, split: Split, num_steps: int) -> StepDataset:
-        """`num_steps` global steps of a split: this rank's share under a Trainer, everything without one."""
-        rank, ranks = 0, 1
-        if self.trainer is not None:
-            share = self.trainer.strategy.distributed_sampler_kwargs  # type: ignore[attr-defined]
-            rank, ranks = share["rank"], share["num_replicas"]
-        return StepDataset(
-            self.samples(split), num_steps, self.microbatches, self.samples_per_pack, self.pad_to, rank, ranks
-        )
+    def check(self, ranks: int) -> None:
+        """Raises `ConfigError` unless every one of `ranks` data-parallel ranks gets as many packs."""
+        check_ranks(self.microbatches, ranks)
+
+    def epochs(self, split: Split, num_steps: int) -> SceneEpochs:
+        """Epochs of `num_steps` global steps: this rank's share under a Trainer, everything without one."""
+        sizes = (num_steps, self.microbatches, self.samples_per_pack, self.pad_to)
+        return SceneEpochs(self.samples(split), *sizes, DataShare.of(self.trainer))
 
     def train_dataloader(self) -> StepLoader:
-        return StepLoader(self.dataset("train", self.num_steps), self.num_workers)
+        epoch = 0 if self.trainer is None else self.trainer.current_epoch
+        return StepLoader(self.epochs("train", self.num_steps), self.num_workers, epoch=epoch)
 
-    def val_dataloader(self) -> list[DataLoader]:
+    def val_dataloader(self) -> list[EvaluationLoader]:
         """Unseen combinations first (`val/attribute_accuracy`), then new scenes of seen ones (`..._seen`); the same
         scenes at each validation."""
-        steps = range(self.val_samples // (self.microbatches * self.samples_per_pack))
-        return [
-            steps_in_order(self.dataset(split, len(steps)), steps, self.num_workers) for split in ("unseen", "seen")
-        ]
+        num_steps = self.val_samples // (self.microbatches * self.samples_per_pack)
+        splits: tuple[Split, ...] = ("unseen", "seen")
+        return [EvaluationLoader(self.epochs(split, num_steps).epoch(0), self.num_workers) for split in splits]
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader

@@ -91,6 +91,28 @@ class Sample:
     def __len__(self) -> int:
         return self.input_ids.numel()
 
+    def truncated(self, max_length: int, tokens: TokenIds) -> Sample:
+        """The first `max_length` tokens; only text is cut off.
+
+        Args:
+            max_length: Tokens to keep.
+            tokens: The model's special tokens.
+
+        Raises:
+            ConfigError: an image would be cut off, or nothing to learn would be left.
+        """
+        if len(self) <= max_length:
+            return self
+        inserted = (tokens.im_start, tokens.im_patch, tokens.im_end)
+        inserted += (tokens.patch_start, tokens.patch_newline, tokens.patch_end)
+        of_images = torch.isin(self.input_ids, torch.tensor(inserted)).nonzero()
+        last = int(of_images[-1]) + 1 if len(of_images) else 0
+        require(last <= max_length, "max_length", f"at least the {last} tokens through the last image", max_length)
+        mask = self.loss_mask[:max_length]
+        require(bool(mask.any()), "max_length", "more tokens than those in front of the answer", max_length)
+        spans = {kind: words[words[:, 1] <= max_length] for kind, words in self.attribute_spans.items()}
+        return replace(self, input_ids=self.input_ids[:max_length], loss_mask=mask, attribute_spans=spans)
+
 
 @dataclass
 class PackedBatch:
@@ -151,6 +173,19 @@ class PackedBatch:
             images=_joined(image for sample in samples for image in sample.images),
             sample_keys=tuple(sample.key for sample in samples),
             attribute_spans=_shifted_spans(samples),
+        )
+
+    @classmethod
+    def padding(cls, length: int, pad_token: int = 0) -> PackedBatch:
+        """A row without samples: one sub-sequence of `length` tokens that has no loss."""
+        require(length > 0, "length", "a positive number", length)
+        return cls(
+            input_ids=torch.full((1, length), pad_token),
+            labels=torch.zeros(1, length, dtype=torch.int64),
+            loss_mask=torch.zeros(1, length),
+            position_ids=torch.arange(length)[None],
+            cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
+            max_seqlen=length,
         )
 
     @property

@@ -51,6 +51,7 @@ TRAINER_DEFAULTS = {
     "default_root_dir": "runs/step37",
     "log_every_n_steps": 1,
     "use_distributed_sampler": False,  # the data modules give each rank its share
+    "reload_dataloaders_every_n_epochs": 1,  # epochs of packs differ in length, and a loader knows its own
     "max_epochs": 1,
 }
 

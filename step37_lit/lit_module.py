@@ -19,7 +19,7 @@ from step37_lit.lr_schedule import WarmupCosine
 from step37_lit.megatron import process
 from step37_lit.megatron.build import build_model
 from step37_lit.megatron.layout import ParallelLayout
-from step37_lit.megatron.optimizer import AdamWSettings
+from step37_lit.megatron.optimizer import AdamWSettings, check_patterns
 from step37_lit.megatron.schedule import StepResult
 from step37_lit.megatron.strategy import MegatronStrategy
 from step37_lit.throughput import StepTimer, measure_gemm_peak
@@ -86,6 +86,7 @@ class Step37LitModule(pl.LightningModule):
         self.config = with_overrides(base, text=text, vision=vision, tokens=tokens)
         self.hub = None if random_weights else hub
         self.adamw = AdamWSettings(lr, weight_decay, tuple(betas), eps, lr_factors or {})
+        check_patterns(self.config, self.adamw.lr_factors)
         self.warmup_steps, self.decay_steps, self.min_lr_factor = warmup_steps, decay_steps, min_lr_factor
         self.frozen = (freeze_language_model, freeze_vision_model, freeze_vision_projection)
         self.eval_suffixes, self.swap_images, self.seed = eval_suffixes, swap_images, seed
@@ -138,9 +139,12 @@ class Step37LitModule(pl.LightningModule):
         Raises:
             ConfigError: names the field of the recipe.
         """
-        megatron_strategy(trainer).check(self.config, trainer, fitting)
+        strategy = megatron_strategy(trainer)
+        strategy.check(self.config, trainer, fitting)
         if fitting:
             self._lr_factor(trainer.max_steps)
+        if datamodule is not None and hasattr(datamodule, "check"):
+            datamodule.check(strategy.layout.data_parallel_size(trainer.world_size))
         if datamodule is not None and hasattr(datamodule, "config"):  # data made for a model: it must be this one
             theirs, own = datamodule.config, self.config
             require(theirs.tokens == own.tokens, "data: special tokens", own.tokens, theirs.tokens)

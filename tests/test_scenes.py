@@ -1,6 +1,7 @@
 """Rendered scenes: pure functions of (seed, index), held-out combinations, honest captions, packs, ranks, resume."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch
 from datamodules.scene_captions import COUNTS, KINDS, caption_text, captions, things_named
 from datamodules.scene_rendering import render
 from datamodules.scene_world import COLORS, HELD_OUT, SHAPES, draw_scene, generator
-from datamodules.scenes import ScenesDataModule, StepLoader, tokenizer_texts
+from datamodules.scenes import ScenesDataModule, tokenizer_texts
+from datamodules.steps import DataShare, StepLoader
 from step37_lit.batch import PackedBatch
 from step37_lit.config import ConfigError
 from step37_lit.tokenizer import Step37Tokenizer
@@ -125,12 +127,12 @@ def test_packs_hold_the_contract_and_name_attribute_words(data):
             for pack in item:
                 pack.validate(module.config.tokens)
                 assert len(pack.sample_keys) == 3 and pack.num_images == 3
-    pack = module.train_dataloader().dataset[0][0]
+    pack = module.train_dataloader().steps[0].packs[0]
     tokenizer = module.processor.tokenizer
     colors = [tokenizer.decode(pack.labels[0, a:b].tolist()).strip() for a, b in pack.attribute_spans["color"].tolist()]
     scenes = [draw_scene(SEED, "train", i, module.count_weights) for i in range(3)]
     assert colors == [thing.color for scene in scenes for thing in scene.things]
-    assert module.train_dataloader().dataset.samples.sample(1).attribute_spans.keys() >= {
+    assert module.train_dataloader().steps.samples.sample(1).attribute_spans.keys() >= {
         "shape",
         "size",
         "texture",
@@ -151,17 +153,15 @@ def test_the_global_batch_does_not_depend_on_ranks_or_workers(data):
         shares = []
         for rank in range(2):
             module = data(microbatches=4, val_samples=24, num_workers=workers)
-            loader = module.train_dataloader()
-            loader.dataset.rank, loader.dataset.ranks = rank, 2
-            shares.append(list(loader))
+            source = replace(module.train_dataloader().source, share=DataShare(rank, 2))
+            shares.append(list(StepLoader(source, workers)))
         for step, packs in enumerate(whole):
             assert all(same(packs[m], shares[m % 2][step][m // 2]) for m in range(4))
 
 
 def test_a_number_of_ranks_that_does_not_divide_is_refused(data):
-    loader = data().train_dataloader()
     with pytest.raises(ConfigError, match=r"data.microbatches: expected a multiple of 3 data-parallel ranks, found 2"):
-        type(loader.dataset)(loader.dataset.samples, 5, 2, 3, ranks=3)
+        data().check(ranks=3)
 
 
 @pytest.mark.parametrize(("stop", "workers"), [(0, 0), (1, 0), (4, 0), (5, 0), (7, 0), (4, 1)])
@@ -191,7 +191,7 @@ def test_resume_of_another_data_set_is_refused(data):
 
 
 def test_shuffled_images_change_the_pictures_only(data):
-    plain, shuffled = (data(shuffled_images=flag).train_dataloader().dataset[0][0] for flag in (False, True))
+    plain, shuffled = (data(shuffled_images=flag).train_dataloader().steps[0].packs[0] for flag in (False, True))
     assert torch.equal(plain.input_ids, shuffled.input_ids)
     assert not any(torch.equal(a, b) for a, b in zip(plain.images[0].images, shuffled.images[0].images, strict=True))
 

@@ -19,7 +19,8 @@ from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_opti
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from torch import Tensor
 
-from step37_lit.config import ConfigError, require
+from step37_lit.config import ConfigError, Step37Config, require
+from step37_lit.hub.names import name_table
 from step37_lit.megatron import cuda_names
 
 
@@ -59,7 +60,6 @@ class ForwardingOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, ddp: DistributedDataParallel, settings: AdamWSettings, clip_grad: float, dtype: torch.dtype):
-        _check_patterns(ddp, settings.lr_factors)
         config = OptimizerConfig(
             optimizer="adam",
             lr=settings.lr,
@@ -147,11 +147,11 @@ def _name(name: str) -> str:
     return name.removeprefix("module.")
 
 
-def _check_patterns(ddp: DistributedDataParallel, lr_factors: Mapping[str, float]) -> None:
-    names = [_name(name) for name, _ in ddp.named_parameters()]
+def check_patterns(config: Step37Config, lr_factors: Mapping[str, float]) -> None:
+    """Raises `ConfigError` for a pattern in `lr_factors` that no weight of the model matches."""
+    names = [row.ours for row in name_table(config) if row.ours is not None]
     for pattern in lr_factors:
-        # A pipeline stage holds only some of the parameters.
-        if ddp.config.pipeline_model_parallel_size == 1 and not any(fnmatchcase(name, pattern) for name in names):
+        if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigError(f"model.lr_factors[{pattern}]", "a pattern that matches a parameter's name", pattern)
 
 

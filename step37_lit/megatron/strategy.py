@@ -30,13 +30,13 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 from torch.optim import Optimizer
 
 from step37_lit.batch import PackedBatch
 from step37_lit.config import ConfigError, Step37Config, require
-from step37_lit.megatron import cuda_names, process, random_state, schedule
+from step37_lit.megatron import data_parallel, pack_exchange, process, random_state, schedule
 from step37_lit.megatron.layout import ParallelLayout
 from step37_lit.megatron.lightning_plugins import MegatronPrecision, StagedCheckpointIO
 from step37_lit.megatron.optimizer import AdamWSettings, ForwardingOptimizer
@@ -132,6 +132,11 @@ class MegatronStrategy(DDPStrategy):
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Which share of the data is this rank's: all ranks that share a pack have the same."""
         return {"num_replicas": self.data_parallel_size, "rank": self.data_parallel_rank}
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether this process's loaders make the packs; the other ranks of its model-parallel group get them from it."""
+        return pack_exchange.is_reader()
 
     @property
     def precision_plugin(self) -> MegatronPrecision:
@@ -236,7 +241,7 @@ class MegatronStrategy(DDPStrategy):
         self.model_to_device()
         if trainer.state.fn == TrainerFn.FITTING:
             self._clip_grad = float(trainer.gradient_clip_val or 0.0)
-            self._wrap_model()
+            self.ddp = data_parallel.wrap(self.lightning_module.model)
             self.setup_optimizers(trainer)
             for optimizer in self.optimizers:
                 if not isinstance(optimizer, ForwardingOptimizer):
@@ -245,14 +250,9 @@ class MegatronStrategy(DDPStrategy):
                 optimizer.take_over_model_weights()
         self.setup_precision_plugin()
 
-    def _wrap_model(self) -> None:
-        """megatron's DDP: contiguous buffers of parameters and gradients, reduce-scatter over data-parallel ranks."""
-        model = self.lightning_module.model
-        ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-        with cuda_names.cpu_for_cuda():
-            self.ddp = DistributedDataParallel(model.config, ddp_config, model)
-        model.config.finalize_model_grads_func = finalize_model_grads
-        model.config.grad_scale_func = None
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """A step's packs on the device; all ranks of a model-parallel group have their reader's."""
+        return pack_exchange.share_packs(super().batch_to_device(batch, device, dataloader_idx))
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Only the hooks: the gradients are there already."""

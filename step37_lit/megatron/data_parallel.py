@@ -1,0 +1,43 @@
+"""megatron's DistributedDataParallel as every user of it in this project makes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from torch import nn
+
+from step37_lit.megatron import cuda_names
+
+
+def wrap(model: nn.Module) -> DistributedDataParallel:
+    """Contiguous buffers of parameters and gradients; each data-parallel rank keeps its share of the optimizer's state.
+
+    Args:
+        model: A model of `build_model`; its config learns how gradients are finalised.
+    """
+    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    with cuda_names.cpu_for_cuda():
+        ddp = DistributedDataParallel(model.config, ddp_config, model)
+    for group in ddp.bucket_groups + ddp.expert_parallel_bucket_groups:
+        _skip_exchange_with_oneself(group)
+    model.config.finalize_model_grads_func = finalize_model_grads
+    model.config.grad_scale_func = None
+    return ddp
+
+
+def _skip_exchange_with_oneself(bucket_group: Any) -> None:
+    """A group of one rank has nothing to exchange, but gloo copies both buffers through a third one for it.
+
+    That was 5% of a training step of 20M parameters on two cores.
+    """
+    alone = dist.get_world_size(bucket_group.intra_distributed_optimizer_instance_group) == 1
+    scaled = any(bucket.gradient_scaling_factor != 1.0 for bucket in bucket_group.buckets)
+    if alone and not scaled:
+        bucket_group.start_param_sync = _nothing
+        bucket_group.start_grad_sync = _nothing
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
