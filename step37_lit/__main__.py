@@ -13,10 +13,14 @@ def main() -> int:
     if sys.argv[1:] in ([], ["-h"], ["--help"]):
         print(HELP, end="")
         return 0 if sys.argv[1:] else 2
-    _quiet_known_warnings()  # before the imports that give them
-    from step37_lit.cli import run
+    from step37_lit.commands import COMMANDS, run
 
-    return run(sys.argv[1:])
+    if sys.argv[1] in COMMANDS:
+        return run(sys.argv[1], sys.argv[2:])
+    _quiet_known_warnings()  # before the imports that give them
+    from step37_lit import cli
+
+    return cli.run(sys.argv[1:])
 
 
 def _quiet_known_warnings() -> None:

@@ -22,13 +22,12 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from step37_lit.commands import INTERRUPTED, USER_ERROR
 from step37_lit.config import ConfigError
 from step37_lit.lit_module import Step37LitModule
 from step37_lit.run_log import ContinuingCSVLogger
 
 LIGHTNING_LOGGERS = ("lightning.pytorch", "lightning.fabric")
-USER_ERROR = 2
-INTERRUPTED = 130
 PROJECT_PACKAGES = ["step37_lit", "datamodules", "callbacks"]
 LIGHTNING_CLASSES = {
     "lightning.pytorch.callbacks": {

@@ -2,6 +2,7 @@
 
 HELP = """\
 usage: python -m step37_lit {fit,validate,test,predict} --config RECIPE [--section.field VALUE ...]
+       python -m step37_lit {shard,index} ...
 
 Step-3.7, a vision-language model, on megatron-core in PyTorch Lightning.
 
@@ -10,6 +11,8 @@ subcommands:
   validate   loss and attribute accuracy of a checkpoint on the validation splits
   test       the same on the test splits
   predict    most likely next tokens for the prediction data
+  shard      write webdataset shards from Flickr8k, COCO, chat JSONL, a folder of pictures or scenes
+  index      index shards, so that epochs can be planned; add token lengths for a recipe
 
 often used:
   --config recipes/scenes_tiny.yaml   a recipe; later files and options override earlier ones

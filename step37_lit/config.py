@@ -19,7 +19,11 @@ AttentionKind = Literal["full_attention", "sliding_attention"]
 ATTENTION_KINDS: tuple[AttentionKind, ...] = ("full_attention", "sliding_attention")
 
 
-class ConfigError(ValueError):
+class UserError(ValueError):
+    """A mistake of the user's: one line that says what to change, and exit code 2."""
+
+
+class ConfigError(UserError):
     """A mistake of the user's: one line that names the field, what was expected and what was found."""
 
     def __init__(self, field_name: str, expected: object, found: object, file: str | Path | None = None):
@@ -44,6 +48,7 @@ class VisionConfig:
         num_heads: Attention heads of each block.
         ffn_hidden_size: Inner width of the MLP.
         image_size: Side of the global view in pixels; fixes the table of learned positions.
+        crop_size: Side of a multicrop patch in pixels; a multiple of `patch_size` where multicrop is on.
         patch_size: Side of a patch in pixels.
         layer_norm_eps: Epsilon of every LayerNorm.
         layer_scale_init: Start value of LayerScale's gamma on both branches.
@@ -55,6 +60,7 @@ class VisionConfig:
     num_heads: int = 16
     ffn_hidden_size: int = 8960
     image_size: int = 728
+    crop_size: int = 504
     patch_size: int = 14
     layer_norm_eps: float = 1e-5
     layer_scale_init: float = 0.1
@@ -83,7 +89,7 @@ class VisionConfig:
         return grid * grid
 
     def __post_init__(self) -> None:
-        for name in ("width", "num_layers", "num_heads", "ffn_hidden_size", "image_size", "patch_size"):
+        for name in ("width", "num_layers", "num_heads", "ffn_hidden_size", "image_size", "crop_size", "patch_size"):
             require(getattr(self, name) > 0, f"vision.{name}", "a positive number", getattr(self, name))
         require(
             self.width % self.num_heads == 0, "vision.num_heads", f"a divisor of width {self.width}", self.num_heads

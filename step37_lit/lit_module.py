@@ -30,7 +30,8 @@ class Step37LitModule(pl.LightningModule):
 
     Logged at every optimizer step: `train/loss` (per token of the global batch), `train/grad_norm` (before clipping),
     `train/tokens_per_second`, `train/images_per_second`, `train/mfu` (share of the process's own GEMM peak),
-    `train/padding` (share of positions that are padding). Logged by an evaluation: `val/loss` (per token of the whole
+    `train/padding` (share of positions that are padding), `train/data_wait` (share of the time spent waiting for a
+    loader that counts it, as this project's do). Logged by an evaluation: `val/loss` (per token of the whole
     split) and, where the data names attribute words, `val/attribute_accuracy` and one value for each kind.
 
     Args:
@@ -172,7 +173,7 @@ class Step37LitModule(pl.LightningModule):
             # Only now: setting up loaders and the sanity check have drawn numbers since the checkpoint was read.
             self.strategy.restore_random_state(self._random_states)
             self._random_states = None
-        self._timer.start()
+        self._timer.start(self._seconds_waited())
 
     def training_step(self, batch: list[PackedBatch], batch_idx: int) -> Tensor:
         """Forward and backward of one global step; returns the loss of the global batch, 0-dim fp64, detached."""
@@ -188,7 +189,8 @@ class Step37LitModule(pl.LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: list[PackedBatch], batch_idx: int) -> None:
-        seconds, result = self._timer.lap(), self._result
+        result = self._result
+        seconds, waited = self._timer.lap(self._seconds_waited())
         assert result is not None and self.gemm_peak is not None
         flops = sum(training_flops(self.config, pack) for pack in batch) / self.strategy.layout.model_parallel_size
         values = {
@@ -197,9 +199,13 @@ class Step37LitModule(pl.LightningModule):
             "train/images_per_second": result.images / seconds,
             "train/mfu": flops / seconds / self.gemm_peak,
             "train/padding": 1.0 - result.tokens / result.row_tokens,
+            "train/data_wait": waited / seconds,
         }
         self.trainer.should_stop |= result.stop
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+
+    def _seconds_waited(self) -> float:
+        return getattr(self.trainer.train_dataloader, "seconds_waited", 0.0)
 
     # ---- evaluation ----
 

@@ -45,7 +45,7 @@ def _tiny_text(num_layers: int) -> TextConfig:
 def tiny() -> Step37Config:
     """0.9M parameters: two dense layers, one full and one sliding; 112-pixel pictures become 4 tokens."""
     vision = VisionConfig(
-        width=64, num_layers=4, num_heads=4, ffn_hidden_size=170, image_size=112, patch_size=14, layer_scale_init=1.0
+        width=64, num_layers=4, num_heads=4, ffn_hidden_size=170, image_size=112, crop_size=84, layer_scale_init=1.0
     )
     return Step37Config(vision=vision, text=_tiny_text(num_layers=2), tokens=TINY_TOKENS)
 

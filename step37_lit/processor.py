@@ -7,21 +7,24 @@ A message is `{"role": "system" | "user" | "assistant", "content": C}`. C is a s
     {"type": "image"}                                     the next picture
 
 A chat template (Jinja, sandboxed) turns messages into text, with one `<im_patch>` where a picture belongs; the
-processor puts `<im_start>`, the picture's `<im_patch>` tokens and `<im_end>` there. Special tokens that an author wrote
-stay text.
+processor puts `<im_start>`, the picture's `<im_patch>` tokens and `<im_end>` there. With multicrop the local patches
+come first, each as `<patch_start>`, its `<im_patch>` tokens and `<patch_end>`, with a `<patch_newline>` behind every
+row but the last. Special tokens that an author wrote stay text.
 """
 
 from __future__ import annotations
 
 import bisect
+import dataclasses
+import hashlib
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
-import numpy as np
 import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
@@ -29,10 +32,12 @@ from torch import Tensor
 
 from step37_lit.batch import ImageForInsert, Sample
 from step37_lit.config import ConfigError, Step37Config, require
+from step37_lit.multicrop import RESIZE_MODES, ResizeMode, crop_image, pixels_of, plan_crops, resize_pixels
 from step37_lit.tokenizer import BOS, IMAGE_PATCH, TURN_END, Step37Tokenizer
 
+__all__ = ["DEFAULT_CHAT_TEMPLATE", "Message", "Step37Processor", "crop_image", "plan_crops"]
+
 ROLES = ("system", "user", "assistant")
-PIXEL_MODES = ("RGB", "L")
 
 DEFAULT_CHAT_TEMPLATE = """\
 {%- macro render(content) -%}
@@ -83,19 +88,34 @@ class Step37Processor:
         tokenizer: Its special tokens must have the ids of `config.tokens`.
         config: The model whose image size, image tokens and vocabulary are used.
         chat_template: Jinja text; None is the model's own format.
+        multicrop: Local patches beside the global view (`step37_lit.multicrop`).
+        resize: `exact` (Pillow's) or `fast` (torch's, for loaders), see `step37_lit.multicrop.resize_pixels`.
 
     Raises:
-        ConfigError: tokenizer and model disagree, or the template does not parse.
+        ConfigError: tokenizer and model disagree, the template does not parse, `resize` is unknown, or the model's
+            `crop_size` cannot be used.
     """
 
-    def __init__(self, tokenizer: Step37Tokenizer, config: Step37Config, chat_template: str | None = None):
+    def __init__(
+        self,
+        tokenizer: Step37Tokenizer,
+        config: Step37Config,
+        chat_template: str | None = None,
+        multicrop: bool = False,
+        resize: ResizeMode = "exact",
+    ):
         tokenizer.check_ids(config.tokens, config.text.vocab_size)
+        require(resize in RESIZE_MODES, "resize", " or ".join(RESIZE_MODES), resize)
+        crop, patch = config.vision.crop_size, config.vision.patch_size
+        require(not multicrop or crop % patch == 0, "vision.crop_size", f"a multiple of patch_size {patch}", crop)
         self.tokenizer, self.config = tokenizer, config
+        self.chat_template = DEFAULT_CHAT_TEMPLATE if chat_template is None else chat_template
+        self.multicrop, self.resize = multicrop, resize
         self._first_characters = re.compile("[" + re.escape("".join({name[0] for name in tokenizer.special_ids})) + "]")
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _raise_exception
         try:
-            self._template = environment.from_string(DEFAULT_CHAT_TEMPLATE if chat_template is None else chat_template)
+            self._template = environment.from_string(self.chat_template)
         except jinja2.TemplateError as error:
             raise ConfigError("chat_template", "a Jinja template", str(error)) from error
 
@@ -110,32 +130,69 @@ class Step37Processor:
         Raises:
             ConfigError: a message is malformed, pictures and image parts differ in number, a picture is neither RGB nor
                 gray, or the template does not keep earlier turns as they are.
+            ImageError: with multicrop, a picture so thin that the square it is padded to has too many pixels.
         """
-        _check(messages, images)
-        require(
-            any(m["role"] == "assistant" for m in messages),
-            "messages",
-            "an assistant turn",
-            [m["role"] for m in messages],
-        )
-        return self._sample(self._conversation(messages), images, key)
+        return self._sample(self._conversation(messages, len(images)), images, key)
+
+    def length(self, messages: Sequence[Message], image_sizes: Sequence[tuple[int, int]] = ()) -> int:
+        """Tokens of the sample that `__call__` makes, from the sizes of its pictures alone.
+
+        Args:
+            messages: As for `__call__`.
+            image_sizes: (width, height) of each picture as it is shown (`step37_lit.images.read_header`).
+
+        Raises:
+            ConfigError: as `__call__`.
+        """
+        return len(self._tokenize(self._conversation(messages, len(image_sizes)), image_sizes).ids)
+
+    def fingerprint(self) -> str:
+        """16 hex digits over all that decides how many tokens given messages and picture sizes become."""
+        vision = self.config.vision
+        sides = [vision.image_size, vision.crop_size] if self.multicrop else [vision.image_size]
+        parts = {
+            "tokenizer": self.tokenizer.content,
+            "chat_template": self.chat_template,
+            "multicrop": self.multicrop,
+            "image_tokens": [[side, vision.num_tokens(side)] for side in sides],
+            "token_ids": dataclasses.asdict(self.config.tokens),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def prompt(self, messages: Sequence[Message], images: Sequence[Image.Image] = (), key: str = "") -> Sample:
         """A sample to continue: ends where the assistant's answer starts, nothing is in the loss mask."""
-        _check(messages, images)
+        _check(messages, len(images))
         return self._sample(_Text(self._render(self._escaped(messages), add_generation_prompt=True)), images, key)
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """The global view: [1, 3, image_size, image_size] uint8, by Pillow's bilinear, whatever the aspect ratio."""
-        require(image.mode in PIXEL_MODES, "image mode", " or ".join(PIXEL_MODES), image.mode)
+        """The global view without multicrop: uint8 [1, 3, image_size, image_size], whatever the aspect ratio."""
         side = self.config.vision.image_size
-        rgb = image.convert("RGB")
-        if rgb.size != (side, side):
-            rgb = rgb.resize((side, side), Image.Resampling.BILINEAR)
-        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()[None]
+        return resize_pixels(pixels_of(image), side, side, self.resize).contiguous()
+
+    def _images(self, image: Image.Image) -> list[ImageForInsert]:
+        """What goes in behind the picture's start tokens, in their order."""
+        ids, vision = self.config.tokens, self.config.vision
+        if not self.multicrop:
+            return [ImageForInsert(ids.im_start, self.pixels(image))]
+        view, patches = crop_image(image, vision.image_size, vision.crop_size, self.resize)
+        local = [ImageForInsert(ids.patch_start, patches)] if len(patches) else []
+        return [*local, ImageForInsert(ids.im_start, view[None])]
+
+    def _image_tokens(self, width: int, height: int) -> list[int]:
+        """The tokens that stand for a picture of this size."""
+        ids, vision = self.config.tokens, self.config.vision
+        view = [ids.im_start, *[ids.im_patch] * vision.num_tokens(vision.image_size), ids.im_end]
+        if not self.multicrop:
+            return view
+        plan = plan_crops(width, height, vision.image_size, vision.crop_size, vision.patch_size)
+        patch = [ids.patch_start, *[ids.im_patch] * vision.num_tokens(vision.crop_size), ids.patch_end]
+        local: list[int] = []
+        for number in range(plan.patches):
+            local += patch + [ids.patch_newline] * (number in plan.newline_after)
+        return local + view
 
     def _sample(self, text: _Text, images: Sequence[Image.Image], key: str) -> Sample:
-        tokens = self._tokenize(text, len(images))
+        tokens = self._tokenize(text, [image.size for image in images])
         mask = torch.zeros(len(tokens.ids), dtype=torch.float32)
         for first, last in text.learnt:
             mask[bisect.bisect_left(tokens.starts, first) : bisect.bisect_left(tokens.starts, last)] = 1.0
@@ -147,15 +204,13 @@ class Step37Processor:
             key=key,
             input_ids=torch.tensor(tokens.ids, dtype=torch.int64),
             loss_mask=mask,
-            images=[ImageForInsert(self.config.tokens.im_start, self.pixels(image)) for image in images],
+            images=[entry for image in images for entry in self._images(image)],
             attribute_spans={kind: torch.tensor(words) for kind, words in spans.items()},
         )
 
-    def _tokenize(self, text: _Text, num_images: int) -> _Tokens:
+    def _tokenize(self, text: _Text, image_sizes: Sequence[tuple[int, int]]) -> _Tokens:
         """Special tokens by name, everything else as plain text, cut where an answer starts as in generation."""
-        ids = self.config.tokens
-        per_image = self.config.vision.num_tokens(self.config.vision.image_size)
-        picture = [ids.im_start, *[ids.im_patch] * per_image, ids.im_end]
+        pictures = [self._image_tokens(*size) for size in image_sizes]
         tokens, markers = _Tokens(), 0
         cuts = [0, *(first for first, _ in text.learnt), len(text.text)]
         for begin, stop in itertools.pairwise(cuts):
@@ -163,12 +218,13 @@ class Step37Processor:
                 start, end = begin + start, begin + end
                 if special is None:
                     self._add_plain(tokens, text.text[start:end], start)
+                elif special == self.config.tokens.im_patch:
+                    tokens.add(pictures[markers] if markers < len(pictures) else [], start, end)
+                    markers += 1
                 else:
-                    markers += special == ids.im_patch
-                    tokens.add(picture if special == ids.im_patch else [special], start, end)
-        require(
-            markers == num_images, f"{IMAGE_PATCH} in the chat template's text", f"{num_images} (images given)", markers
-        )
+                    tokens.add([special], start, end)
+        expected = f"{len(pictures)} (images given)"
+        require(markers == len(pictures), f"{IMAGE_PATCH} in the chat template's text", expected, markers)
         return tokens
 
     def _add_plain(self, tokens: _Tokens, escaped: str, start: int) -> None:
@@ -178,8 +234,11 @@ class Step37Processor:
         for token, (first, last) in zip(ids, offsets, strict=True):
             tokens.add([token], start + kept[first], start + kept[last - 1] + 1)
 
-    def _conversation(self, messages: Sequence[Message]) -> _Text:
+    def _conversation(self, messages: Sequence[Message], num_images: int) -> _Text:
         """Renders turn by turn, so that each answer's place in the whole text is known whatever the template does."""
+        _check(messages, num_images)
+        roles = [message["role"] for message in messages]
+        require("assistant" in roles, "messages", "an assistant turn", roles)
         escaped = self._escaped(messages)
         whole = _Text(self._render(escaped))
         for i, message in enumerate(escaped):
@@ -241,7 +300,7 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _check(messages: Sequence[Message], images: Sequence[Image.Image]) -> None:
+def _check(messages: Sequence[Message], num_images: int) -> None:
     """Raises `ConfigError` for malformed messages or another number of pictures than image parts."""
     require(len(messages) > 0, "messages", "at least one", 0)
     parts = 0
@@ -260,4 +319,4 @@ def _check(messages: Sequence[Message], images: Sequence[Image.Image]) -> None:
             is_text = kind == "image" or ("text" in part and isinstance(part["text"], str))
             require(is_text, f"{where}.text", "text", part)
             parts += kind == "image"
-    require(parts == len(images), "image parts in messages", f"{len(images)} (images given)", parts)
+    require(parts == num_images, "image parts in messages", f"{num_images} (images given)", parts)

@@ -32,23 +32,26 @@ def measure_gemm_peak(device: torch.device, dtype: torch.dtype, seconds: float =
 
 
 class StepTimer:
-    """Seconds from the end of one step to the end of the next, waiting for data included."""
+    """Seconds from the end of one step to the end of the next, and how many of them went by waiting for data.
+
+    Both methods take the seconds that the loader has waited since it was made; a new loader begins at 0.
+    """
 
     def __init__(self) -> None:
-        self._last: float | None = None
+        self._last: tuple[float, float] | None = None  # time, seconds waited
 
     def pause(self) -> None:
         """Forgets the last end: what happens until the next one (validation, saving) is not training time."""
         self._last = None
 
-    def start(self) -> None:
+    def start(self, waited: float) -> None:
         """Begins where there is no end of a step to count from."""
         if self._last is None:
-            self._last = time.perf_counter()
+            self._last = time.perf_counter(), waited
 
-    def lap(self) -> float:
-        """Ends a step and gives its seconds."""
+    def lap(self, waited: float) -> tuple[float, float]:
+        """Ends a step and gives its seconds and those of them that it waited."""
         assert self._last is not None, "lap before start"
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        return seconds
+        now, (before, waited_before) = time.perf_counter(), self._last
+        self._last = now, waited
+        return now - before, waited - waited_before if waited >= waited_before else waited

@@ -47,7 +47,7 @@ class Step37Tokenizer:
     """A tokenizer whose special tokens have the model's names.
 
     Args:
-        content: Text of a `tokenizer.json`.
+        content: Text of a `tokenizer.json`; kept as an attribute of this name.
         file: Where it is from, for messages.
 
     Raises:
@@ -61,7 +61,7 @@ class Step37Tokenizer:
             self._whole = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # the tokenizers library raises bare Exception
             raise ConfigError("tokenizer", "a tokenizer.json", str(error), file=file) from error
-        self._content = content
+        self.content = content
         self.special_ids: dict[str, int] = {token["content"]: token["id"] for token in parsed["added_tokens"]}
         for name in (*NAMES.values(), TURN_START, TURN_END):
             if name not in self.special_ids:
@@ -105,7 +105,7 @@ class Step37Tokenizer:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = path.with_name(f".{path.name}.{os.getpid()}")
-        staged.write_text(self._content, encoding="utf-8")
+        staged.write_text(self.content, encoding="utf-8")
         staged.replace(path)
 
     @property

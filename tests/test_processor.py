@@ -140,6 +140,59 @@ def test_resize_is_pillows_bilinear(processor, config):
     assert np.array_equal(processor.pixels(image)[0].permute(1, 2, 0).numpy(), expected)
 
 
+def test_fast_resize_stays_near_and_pictures_of_the_right_size_are_left_alone(processor, tokenizer, config):
+    fast = Step37Processor(tokenizer, config, resize="fast")
+    random, side = np.random.default_rng(3), config.vision.image_size
+    image = Image.fromarray(random.integers(0, 256, (70, 41, 3), dtype=np.uint8))
+    assert (fast.pixels(image).int() - processor.pixels(image).int()).abs().max() <= 2  # measured: 1
+    rendered = random.integers(0, 256, (side, side, 3), dtype=np.uint8)
+    for either in (fast, processor):
+        pixels = either.pixels(Image.fromarray(rendered))
+        assert np.array_equal(pixels[0].permute(1, 2, 0).numpy(), rendered) and pixels.is_contiguous()
+    with pytest.raises(ConfigError, match=r"resize: expected fast or exact, found 'nearest'"):
+        Step37Processor(tokenizer, config, resize="nearest")
+
+
+def test_length_needs_sizes_only(processor):
+    turns = [user(None, "and", None), assistant("a ring"), user("café?"), assistant("<im_patch> no")]
+    sample = processor(turns, [picture(), picture(size=(9, 200))])
+    assert processor.length(turns, [(50, 30), (9, 200)]) == len(sample)
+    for wrong, sizes in ((turns, [(50, 30)]), (turns[:1], [(50, 30)] * 2), ([], [])):
+        with pytest.raises(ConfigError):
+            processor.length(wrong, sizes)
+
+
+def test_fingerprint_follows_what_decides_lengths(tokenizer, config, tmp_path):
+    def changed(**vision):
+        return dataclasses.replace(config, vision=dataclasses.replace(config.vision, **vision))
+
+    other = Step37Tokenizer.train([*TEXTS, "entirely different words"] * 2, vocab_size=400)
+    eos = dataclasses.replace(config, tokens=dataclasses.replace(TOKENS, eos=(1, 9)))
+    template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    processors = {
+        "as it is": Step37Processor(tokenizer, config),
+        "multicrop": Step37Processor(tokenizer, config, multicrop=True),
+        "crops": Step37Processor(tokenizer, changed(crop_size=98), multicrop=True),
+        "view": Step37Processor(tokenizer, changed(image_size=168)),
+        "template": Step37Processor(tokenizer, config, template),
+        "tokenizer": Step37Processor(other, config),
+        "token ids": Step37Processor(tokenizer, eos),
+    }
+    prints = {name: processor.fingerprint() for name, processor in processors.items()}
+    assert len(set(prints.values())) == len(prints), prints
+    assert all(len(digits) == 16 and int(digits, 16) >= 0 for digits in prints.values())
+    # the same in another process, from a file, and whatever changes pixels only
+    tokenizer.save(tmp_path / "tokenizer.json")
+    program = (
+        "import sys; from step37_lit.config import Step37Config; from step37_lit.tokenizer import Step37Tokenizer;"
+        "from step37_lit.processor import Step37Processor; tokenizer = Step37Tokenizer.from_file(sys.argv[1]);"
+        "print(Step37Processor(tokenizer, Step37Config.preset('tiny'), resize='fast').fingerprint())"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "tokenizer.json")]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == prints["as it is"]
+    assert Step37Processor(tokenizer, changed(crop_size=98)).fingerprint() == prints["as it is"]
+
+
 def test_special_tokens_of_an_author_stay_text(processor, tokenizer):
     words = "<im_patch> <im_start><|im_end|><|im_start|>system"
     split = [{"type": "text", "text": "<im_"}, {"type": "text", "text": "patch>"}, {"type": "image"}]

@@ -21,7 +21,6 @@ ROOT_IRRELEVANT = (
 # The table of positions follows from image_size and patch_size, whatever max_position_embeddings says.
 VISION_IRRELEVANT = ("dtype", "max_position_embeddings", "model_type", "torch_dtype", "transformers_version")
 
-MULTICROP_SIDE = 504  # pixels of a multicrop patch
 IMAGE_TOKEN_NAMES = ("im_start", "im_patch", "im_end", "patch_start", "patch_newline", "patch_end")
 
 
@@ -68,7 +67,7 @@ def _read_root(root: JsonFields) -> Step37Config:
     )
     root.fixed(hidden_size=text.hidden_size)  # some files repeat the decoder's width at the top
     if root.has("patch_token_len"):
-        root.fixed(patch_token_len=vision.num_tokens(MULTICROP_SIDE))
+        root.fixed(patch_token_len=vision.num_tokens(vision.crop_size))
     projector_bias = root.take("projector_bias", boolean, False)
     text_fields.done()
     root.done(ROOT_IRRELEVANT)

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from torch import nn
+from megatron.core.transformer.module import MegatronModule
 
 from step37_lit.megatron import cuda_names
 
 
-def wrap(model: nn.Module) -> DistributedDataParallel:
+def wrap(model: MegatronModule) -> DistributedDataParallel:
     """Contiguous buffers of parameters and gradients; each data-parallel rank keeps its share of the optimizer's state.
 
     Args:

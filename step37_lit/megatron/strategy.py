@@ -135,7 +135,7 @@ class MegatronStrategy(DDPStrategy):
 
     @property
     def reads_data(self) -> bool:
-        """Whether this process's loaders make the packs; the other ranks of its model-parallel group get them from it."""
+        """Whether this process's loaders make the packs, which the others of its model-parallel group get from it."""
         return pack_exchange.is_reader()
 
     @property

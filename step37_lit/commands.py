@@ -1,0 +1,29 @@
+"""Commands beside Lightning's own: each is a module with `main(args) -> exit code`, imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from jsonargparse import ArgumentError
+
+from step37_lit.config import UserError
+
+COMMANDS = {"shard": "datamodules.shard_command", "index": "datamodules.index_command"}
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def run(name: str, args: list[str]) -> int:
+    """Runs a command of `COMMANDS`.
+
+    Returns:
+        The exit code: 0, 2 for a mistake of the user's (one line on stderr), 130 for Ctrl-C.
+    """
+    try:
+        return importlib.import_module(COMMANDS[name]).main(args)
+    except (UserError, ArgumentError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
