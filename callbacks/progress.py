@@ -14,6 +14,7 @@ SHOWN: dict[str, tuple[str, str]] = {
     "train/images_per_second": ("img/s", "{:,.0f}"),
     "train/mfu": ("GEMM peak", "{:.0%}"),
     "train/padding": ("padding", "{:.0%}"),
+    "train/data_wait": ("waiting", "{:.0%}"),
     "val/attribute_accuracy": ("attributes", "{:.1%}"),
 }
 

@@ -1,7 +1,7 @@
 """Bad samples: what one is called, and what a run does with them.
 
-A bad sample is named with shard, key, member and reason. Under the policy `skip` it is taken out of its pack, the pack is
-padded and later packs stay where they are; too many of them stop the run. Nothing is trained in its place.
+A bad sample is named with shard, key, member and reason. Under the policy `skip` it is taken out of its pack, the pack
+is padded and later packs stay where they are; too many of them stop the run. Nothing is trained in its place.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from step37_lit.config import ConfigError
+from step37_lit.config import ConfigError, UserError
 
 BadSamplePolicy = Literal["raise", "skip"]
 FILE_NAME = "bad_samples.jsonl"
 WARNINGS = 5  # the file has all
 
 
-class BadSample(Exception):
+class BadSample(UserError):
     """A sample that cannot be trained on; the message names shard, key, member and reason in one line.
 
     Args:

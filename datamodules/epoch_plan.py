@@ -48,23 +48,48 @@ class PlannedSet:
 
 
 @dataclass(frozen=True)
+class Entries:
+    """Texts to be seen, in an order: columns of one length.
+
+    Args:
+        sets: int16, number of the set.
+        samples: int32, index of the sample in its set.
+        variants: int16, which of the sample's texts.
+        lengths: int32, its tokens.
+    """
+
+    sets: np.ndarray
+    samples: np.ndarray
+    variants: np.ndarray
+    lengths: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def take(self, places: np.ndarray | slice) -> Entries:
+        """The entries at `places`, in their order."""
+        return Entries(self.sets[places], self.samples[places], self.variants[places], self.lengths[places])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Entries]) -> Entries:
+        columns = zip(*((part.sets, part.samples, part.variants, part.lengths) for part in parts), strict=True)
+        return cls(*(np.concatenate(column) for column in columns))
+
+
+@dataclass(frozen=True)
 class EpochPlan:
     """Packs in the order in which they are used.
 
     Args:
         epoch: Its number.
-        sets, samples, variants: [entries] int, what each entry is.
-        lengths: [entries] int32, its tokens.
+        entries: The texts, pack by pack.
         borders: [packs + 1] int64, first entry of each pack.
         packs_per_step: Packs of one global step, over all ranks.
         carried: Packs at the front that were left over from the epoch before.
     """
 
     epoch: int
-    sets: np.ndarray
-    samples: np.ndarray
-    variants: np.ndarray
-    lengths: np.ndarray
+    entries: Entries
     borders: np.ndarray
     packs_per_step: int
     carried: int = 0
@@ -78,23 +103,18 @@ class EpochPlan:
         """Global steps, the same on every rank; the last one of an evaluation may lack packs."""
         return -(-self.num_packs // self.packs_per_step)
 
-    @property
-    def num_entries(self) -> int:
-        return len(self.samples)
-
     def pack(self, number: int) -> list[Entry]:
         """Entries of a pack; none behind the last pack of an evaluation."""
         if number >= self.num_packs:
             return []
-        columns = (self.sets, self.samples, self.variants)
-        first, last = self.borders[number], self.borders[number + 1]
-        return list(zip(*(column[first:last].tolist() for column in columns), strict=True))
+        own = self.entries.take(slice(self.borders[number], self.borders[number + 1]))
+        return list(zip(own.sets.tolist(), own.samples.tolist(), own.variants.tolist(), strict=True))
 
     def part(self, first: int, last: int) -> EpochPlan:
         """The packs `first` to `last` - 1."""
         begin, end = self.borders[first], self.borders[last]
-        columns = (column[begin:end] for column in (self.sets, self.samples, self.variants, self.lengths))
-        return EpochPlan(self.epoch, *columns, self.borders[first : last + 1] - begin, self.packs_per_step)
+        borders = self.borders[first : last + 1] - begin
+        return EpochPlan(self.epoch, self.entries.take(slice(begin, end)), borders, self.packs_per_step)
 
 
 class Planner:
@@ -160,15 +180,12 @@ class Planner:
         return self._latest[epoch]
 
     def _packed(self, epoch: int) -> EpochPlan:
-        drawn = [self._draw(number, epoch) for number in range(len(self.sets))]
-        numbers = np.repeat(np.arange(len(drawn), dtype=np.int16), [len(samples) for samples, _, _ in drawn])
-        samples, variants, lengths = (np.concatenate(column) for column in zip(*drawn, strict=True))
-        order = permutation(len(samples), self.seed, "order", epoch)
-        columns = [column[order] for column in (numbers, samples, variants, lengths)]
-        return _in_packs(epoch, columns, self.max_length, self.window, self.packs_per_step)
+        entries = Entries.joined([self._draw(number, epoch) for number in range(len(self.sets))])
+        entries = entries.take(permutation(len(entries), self.seed, "order", epoch))
+        return _in_packs(epoch, entries, self.max_length, self.window, self.packs_per_step)
 
-    def _draw(self, number: int, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Sample, variant and length of what an epoch sees of a set: its stretch of an endless row of passes."""
+    def _draw(self, number: int, epoch: int) -> Entries:
+        """What an epoch sees of a set: its stretch of an endless row of passes, each in an order of its own."""
         planned, count = self.sets[number], self.samples_per_epoch[number]
         size, choices = len(planned.samples), np.diff(planned.borders)
         first_choice = (_random(size, self.seed, "variant", planned.name) % choices.astype(np.uint64)).astype(np.int64)
@@ -182,20 +199,20 @@ class Planner:
             # Each pass shows a sample's next text.
             rows.append(planned.borders[drawn] + (first_choice[drawn] + number_of_pass) % choices[drawn])
             position += last - first
-        chosen = np.concatenate(rows)
-        return planned.samples[np.concatenate(places)], planned.variants[chosen], planned.lengths[chosen]
+        row = np.concatenate(rows)
+        sets = np.full(count, number, dtype=np.int16)
+        return Entries(sets, planned.samples[np.concatenate(places)], planned.variants[row], planned.lengths[row])
 
 
 def evaluation_plan(sets: Sequence[PlannedSet], max_length: int, window: int, packs_per_step: int) -> EpochPlan:
     """Every text of every sample once, in the order of the sets; the last step may lack packs."""
-    sizes = [len(planned.variants) for planned in sets]
-    columns = [
-        np.repeat(np.arange(len(sets), dtype=np.int16), sizes),
+    entries = Entries(
+        np.repeat(np.arange(len(sets), dtype=np.int16), [len(planned.variants) for planned in sets]),
         np.concatenate([np.repeat(planned.samples, np.diff(planned.borders)) for planned in sets]),
         np.concatenate([planned.variants for planned in sets]),
         np.concatenate([planned.lengths for planned in sets]),
-    ]
-    return _in_packs(0, columns, max_length, window, packs_per_step)
+    )
+    return _in_packs(0, entries, max_length, window, packs_per_step)
 
 
 def samples_per_epoch(sets: Sequence[PlannedSet], mixture: Mixture) -> list[int]:
@@ -233,24 +250,20 @@ def _random(size: int, *seeds: int | str) -> np.ndarray:
     return np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(size)
 
 
-def _in_packs(
-    epoch: int, columns: Sequence[np.ndarray], max_length: int, window: int, packs_per_step: int
-) -> EpochPlan:
-    """Entries, given as columns (set, sample, variant, length) in their order, as packs."""
+def _in_packs(epoch: int, entries: Entries, max_length: int, window: int, packs_per_step: int) -> EpochPlan:
     order, borders = array("q"), array("q", [0])
-    for pack in iterate_packs(columns[3].tolist(), max_length, window):
+    for pack in iterate_packs(entries.lengths.tolist(), max_length, window):
         order.extend(pack)
         borders.append(len(order))
-    indices = np.frombuffer(order, dtype=np.int64) if order else np.empty(0, dtype=np.int64)
-    sets, samples, variants, lengths = (column[indices] for column in columns)
-    return EpochPlan(epoch, sets, samples, variants, lengths, np.frombuffer(borders, dtype=np.int64), packs_per_step)
+    return EpochPlan(epoch, entries.take(_as_numpy(order)), _as_numpy(borders), packs_per_step)
+
+
+def _as_numpy(numbers: array[int]) -> np.ndarray:
+    return np.array(numbers, dtype=np.int64)
 
 
 def _joined(parts: Sequence[EpochPlan], epoch: int, carried: int) -> EpochPlan:
-    def column(name: str) -> np.ndarray:
-        return np.concatenate([getattr(part, name) for part in parts])
-
     sizes = np.concatenate([np.diff(part.borders) for part in parts])
     borders = np.concatenate([[0], np.cumsum(sizes)])
-    names = ("sets", "samples", "variants", "lengths")
-    return EpochPlan(epoch, *(column(name) for name in names), borders, parts[0].packs_per_step, carried)
+    entries = Entries.joined([part.entries for part in parts])
+    return EpochPlan(epoch, entries, borders, parts[0].packs_per_step, carried)

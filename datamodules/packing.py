@@ -1,7 +1,7 @@
 """Packing: which samples share a row of `max_length` tokens, from their lengths alone.
 
-Samples come in order. The window holds the oldest ones that are not packed yet; the oldest of all goes next, and the rest
-of its row is filled as exactly as the window allows: a subset sum, its reachable sums kept as the bits of an integer.
+Samples come in order. The window holds the oldest ones that are not packed yet; the oldest of all goes next, and the
+rest of its row is filled as exactly as the window allows: a subset sum whose reachable sums are the bits of an integer.
 """
 
 from __future__ import annotations

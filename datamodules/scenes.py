@@ -17,7 +17,7 @@ from PIL import Image
 from datamodules.scene_captions import caption_text, captions
 from datamodules.scene_rendering import render
 from datamodules.scene_world import Split, draw_scene, generator
-from datamodules.steps import DataShare, EvaluationLoader, Step, StepDataset, StepLoader, check_ranks, check_same
+from datamodules.steps import EVERYTHING, DataShare, EvaluationLoader, Step, StepDataset, StepLoader, check_ranks, check_same
 from step37_lit.batch import PackedBatch, Sample
 from step37_lit.config import Step37Config, require
 from step37_lit.processor import Step37Processor
@@ -103,11 +103,11 @@ class SceneSteps(StepDataset):
         microbatches: int,
         samples_per_pack: int,
         pad_to: int | None = None,
-        share: DataShare | None = None,
+        share: DataShare = EVERYTHING,
     ):
         self.samples, self.steps = samples, steps
         self.microbatches, self.samples_per_pack, self.pad_to = microbatches, samples_per_pack, pad_to
-        self.share = DataShare() if share is None else share
+        self.share = share
         check_ranks(microbatches, self.share.ranks)
 
     def __len__(self) -> int:
@@ -134,7 +134,7 @@ class SceneEpochs:
     microbatches: int
     samples_per_pack: int
     pad_to: int | None = None
-    share: DataShare = DataShare()
+    share: DataShare = EVERYTHING
 
     def epoch(self, number: int) -> SceneSteps:
         steps = range(number * self.num_steps, (number + 1) * self.num_steps)

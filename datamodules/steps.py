@@ -1,7 +1,7 @@
 """Global steps: what every data module of this project hands to the Trainer, one after the other.
 
-Item s of a loader is global step s of its epoch, as this data-parallel rank's list of packs. The order is fixed before an
-epoch starts, so a position is two numbers, and neither the number of ranks nor that of workers changes what a step holds.
+Item s of a loader is global step s of its epoch, as this data-parallel rank's list of packs. The order is fixed before
+an epoch starts, so a position is a few numbers, and neither ranks nor workers change what a step holds.
 """
 
 from __future__ import annotations
@@ -47,9 +47,8 @@ class DataShare:
         """Numbers, within a step, of the packs that this process makes."""
         return range(self.rank, packs_per_step, self.ranks) if self.reads else range(0)
 
-    def check(self, packs_per_step: int) -> None:
-        """Raises `ConfigError` unless every rank gets as many packs as the others."""
-        check_ranks(packs_per_step, self.ranks)
+
+EVERYTHING = DataShare()
 
 
 def check_ranks(packs_per_step: int, ranks: int) -> None:
