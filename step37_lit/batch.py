@@ -103,9 +103,7 @@ class Sample:
         """
         if len(self) <= max_length:
             return self
-        of_patches = [tokens.patch_start, tokens.patch_newline, tokens.patch_end]
-        of_pictures = torch.tensor([tokens.im_start, tokens.im_patch, tokens.im_end, *of_patches])
-        of_images = torch.isin(self.input_ids, of_pictures).nonzero()
+        of_images = torch.isin(self.input_ids, torch.tensor(tokens.of_pictures)).nonzero()
         last = int(of_images[-1]) + 1 if len(of_images) else 0
         require(last <= max_length, "max_length", f"at least the {last} tokens through the last image", max_length)
         mask = self.loss_mask[:max_length]

@@ -312,6 +312,12 @@ class TokenIds:
     bos: int | None = 0
     eos: tuple[int, ...] = (1, 2, 128007)
 
+    @property
+    def of_pictures(self) -> tuple[int, ...]:
+        """The tokens that stand for pictures: no author and no model writes them."""
+        view = (self.im_start, self.im_patch, self.im_end)
+        return (*view, self.patch_start, self.patch_newline, self.patch_end)
+
 
 @dataclass(frozen=True)
 class Step37Config:

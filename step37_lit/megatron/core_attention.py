@@ -22,7 +22,36 @@ from step37_lit.config import require
 AttentionBackend = Literal["auto", "sdpa", "flash"]
 
 
-class SDPACoreAttention(nn.Module):
+class CoreAttention(nn.Module):
+    """What both back ends share: the step of decoding, where every row has one query.
+
+    Args:
+        softmax_scale: Factor on the logits.
+    """
+
+    def __init__(self, softmax_scale: float):
+        super().__init__()
+        self.softmax_scale = softmax_scale
+
+    def attend_rows(self, query: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+        """One query for each of R rows over C cached positions.
+
+        Args:
+            query: [R, N, D].
+            keys, values: [R, G, C, D].
+            seen: [R, C] bool, which positions count.
+
+        Returns:
+            [R, N, D].
+        """
+        # The queries of a group stand where a kernel expects positions, so that no key is copied for them.
+        grouped = query.view(query.shape[0], keys.shape[1], -1, query.shape[2])
+        mask = seen[:, None, None, :]
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=self.softmax_scale)
+        return out.reshape(query.shape)
+
+
+class SDPACoreAttention(CoreAttention):
     """One `scaled_dot_product_attention` a sub-sequence; long sliding ones in blocks of one window.
 
     Args:
@@ -39,8 +68,8 @@ class SDPACoreAttention(nn.Module):
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ):
-        super().__init__()
-        self.softmax_scale, self.window = softmax_scale, window
+        super().__init__(softmax_scale)
+        self.window = window
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, packed_seq_params: PackedSeqParams) -> Tensor:
         """[T, N, D]."""
@@ -80,7 +109,7 @@ class SDPACoreAttention(nn.Module):
         return out[0]
 
 
-class FlashCoreAttention(nn.Module):
+class FlashCoreAttention(CoreAttention):
     """flash-attn's `flash_attn_varlen_func` over the whole pack; arguments as `SDPACoreAttention`."""
 
     def __init__(
@@ -90,8 +119,7 @@ class FlashCoreAttention(nn.Module):
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ):
-        super().__init__()
-        self.softmax_scale = softmax_scale
+        super().__init__(softmax_scale)
         # flash-attn counts the keys to the left of the query, without the query itself; -1 is no limit
         self.window_size = (-1, 0) if window is None else (window - 1, 0)
 

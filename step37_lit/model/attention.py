@@ -24,6 +24,7 @@ from torch import Tensor
 
 from step37_lit.config import ATTENTION_KINDS
 from step37_lit.megatron.transformer_config import Step37TransformerConfig
+from step37_lit.model.kv_cache import KVCache
 from step37_lit.model.rotary import rotate
 
 
@@ -63,6 +64,7 @@ class HybridSelfAttention(MegatronModule):
         kind = text.layer_types[layer_number - 1]
         heads, groups, head_dim = text.heads_of(layer_number - 1), text.num_kv_groups, text.head_dim
         self.layer_number = layer_number
+        self.window = text.sliding_window if kind == "sliding_attention" else None
         self.head_dim = head_dim
         self.queries_per_group = heads // groups
         self.rotary_row = ATTENTION_KINDS.index(kind)
@@ -82,7 +84,7 @@ class HybridSelfAttention(MegatronModule):
         self.k_layernorm = build_module(submodules.k_layernorm, config=config, hidden_size=head_dim, eps=text.norm_eps)
         self.core_attention = submodules.core_attention(
             softmax_scale=head_dim**-0.5,
-            window=text.sliding_window if kind == "sliding_attention" else None,
+            window=self.window,
             cp_comm_type=cp_comm_type,
             pg_collection=pg_collection,
         )
@@ -104,6 +106,7 @@ class HybridSelfAttention(MegatronModule):
         *,
         rotary_pos_emb: Tensor,
         packed_seq_params: PackedSeqParams,
+        inference_context: KVCache | None = None,
         **unused_by_step37: Any,
     ) -> tuple[Tensor, None]:
         """Attention over one pack.
@@ -113,6 +116,7 @@ class HybridSelfAttention(MegatronModule):
             attention_mask: Not used: sub-sequences and windows are masked from `packed_seq_params`.
             rotary_pos_emb: The pack's `rotary_table`.
             packed_seq_params: Borders of the sub-sequences.
+            inference_context: Keeps keys and values where sequences are continued.
 
         Returns:
             [T, 1, H] and no bias.
@@ -121,7 +125,11 @@ class HybridSelfAttention(MegatronModule):
         cos, sin = rotary_pos_emb[self.rotary_row, :, :, : self.rotary_pairs]
         q = rotate(self.q_layernorm(q), cos, sin)
         k = rotate(self.k_layernorm(k), cos, sin)
-        attended = self.core_attention(q, k, v, packed_seq_params)
+        if inference_context is None:
+            attended = self.core_attention(q, k, v, packed_seq_params)
+        else:
+            own = (self.layer_number, self.window, self.core_attention)
+            attended = inference_context.attend(*own, q, k, v, packed_seq_params)
         gate = torch.sigmoid(self.linear_gate(hidden_states)[0].float()).to(attended.dtype)
         attended = attended * gate.view(*attended.shape[:2], 1)
         return self.linear_proj(attended.flatten(1).unsqueeze(1))

@@ -33,6 +33,7 @@ from step37_lit.config import VisionConfig
 from step37_lit.megatron.head import loss_per_token, scatter_to_sequence_ranks
 from step37_lit.megatron.transformer_config import Step37TransformerConfig
 from step37_lit.model.image_insert import insert_features
+from step37_lit.model.kv_cache import KVCache
 from step37_lit.model.packing import pack_borders, restarting_positions
 from step37_lit.model.rotary import rotary_table
 from step37_lit.model.vision_tower import VisionTower
@@ -132,7 +133,7 @@ class Step37Model(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
         inference_params: Any = None,
         extra_block_kwargs: dict[str, Any] | None = None,
-        inference_context: Any = None,
+        inference_context: KVCache | None = None,
         runtime_gather_output: bool | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -143,31 +144,37 @@ class Step37Model(MegatronModule):
             images: Images in the order of their start tokens; entries with `image_features` are not encoded again.
             cu_seqlens: [n + 1] int32, borders of the sub-sequences, 0 to T. With neither this nor
                 `packed_seq_params` the row is one sequence.
-            position_ids: [1, T] int64; None restarts at 0 in each sub-sequence.
+            position_ids: [1, T] int64; None restarts at 0 in each sub-sequence, or goes on where a row of
+                `inference_context` ends.
             attention_mask: Must be None: attention is causal inside the borders.
             labels: [1, T] int64, shifted already; asks for the loss.
             loss_mask: [1, T]; where it is 0 the loss is 0 and the output head is not computed.
             max_seq_len: Longest sub-sequence; None is counted.
             packed_seq_params: megatron's form of the borders; must agree with `cu_seqlens` where both are given.
-            inference_params, inference_context: Must be None: there is no KV cache yet.
+            inference_params: Must be None: `inference_context` is its successor.
+            inference_context: A `KVCache`: the first pass fills it with a pack of prompts, every further one adds a
+                token to each row (`cu_seqlens` 0, 1, 2, ...). Logits are of each sub-sequence's last token only.
             extra_block_kwargs: Further arguments of the `TransformerBlock`.
             runtime_gather_output: Gather the logits over the tensor ranks, whatever `parallel_output` says.
 
         Returns:
             On the last stage the loss [1, T] in fp32 where `labels` are given, else logits [1, T, V (/ tensor
-            ranks)]; on other stages the hidden states [T, 1, H] for the next one.
+            ranks)] ([1, n, V] with an `inference_context`); on other stages the hidden states [T, 1, H] for the next.
 
         Raises:
             ValueError: shapes or borders that do not fit; `ImageInsertError` where images and text do not.
         """
-        refused = {"attention_mask": attention_mask, "inference_params": inference_params}
-        refused |= {"inference_context": inference_context, **kwargs}
+        refused = {"attention_mask": attention_mask, "inference_params": inference_params, **kwargs}
         for name, value in refused.items():
             if value is not None:
                 raise ValueError(f"{name}: expected None, found {type(value).__name__}")
         packed = pack_borders(input_ids, cu_seqlens, max_seq_len, packed_seq_params)
+        if inference_context is not None:
+            inference_context.begin(packed)
         if position_ids is None:
             position_ids = restarting_positions(packed.cu_seqlens_q, input_ids.shape[1])
+            if inference_context is not None:
+                position_ids = position_ids + inference_context.offsets(packed)
 
         hidden: Any = None  # later stages take theirs from set_input_tensor
         if self.pre_process:
@@ -178,10 +185,15 @@ class Step37Model(MegatronModule):
                 attention_mask=None,
                 rotary_pos_emb=rotary_table(self.step37.text, position_ids),
                 packed_seq_params=packed,
+                inference_context=inference_context,
                 **(extra_block_kwargs or {}),
             )
+        if inference_context is not None:
+            inference_context.end(packed)
         if not self.post_process:
             return hidden
+        if inference_context is not None:
+            hidden = hidden.index_select(0, packed.cu_seqlens_q[1:].long() - 1)
         if labels is not None:
             return loss_per_token(self.output_layer, hidden, labels, loss_mask)
         logits, _ = self.output_layer(hidden, runtime_gather_output=runtime_gather_output)

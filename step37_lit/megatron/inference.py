@@ -1,0 +1,103 @@
+"""The model over this rank's model-parallel group as one function: tokens in, logits of what follows out.
+
+All ranks of the group call the same methods with the same arguments and get the same logits, so that each of them can
+choose the next token itself. R = rows, V = vocabulary, T = tokens of a pack, H = hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from step37_lit.batch import PackedBatch
+from step37_lit.model.kv_cache import KVCache
+from step37_lit.model.step37_model import Step37Model
+
+
+@contextmanager
+def inference_mode(model: Step37Model) -> Iterator[Step37Model]:
+    """Evaluation without gradients, and without sequence parallelism: a step has as many tokens as there are rows."""
+    # megatron's own switch asks for attributes of its GPT model. The linear layers and the configuration have the flag.
+    split: list[Any] = [part for part in (model.config, *model.modules()) if getattr(part, "sequence_parallel", False)]
+    training = model.training
+    try:
+        for part in split:
+            part.sequence_parallel = False
+        with torch.no_grad():
+            yield model.eval()
+    finally:
+        for part in split:
+            part.sequence_parallel = True
+        model.train(training)
+
+
+class RowDecoder:
+    """Rows of prompts and their continuations; use within `inference_mode`.
+
+    Args:
+        model: This rank's part.
+        capacity: Tokens of the longest row, prompt and continuation together.
+    """
+
+    def __init__(self, model: Step37Model, capacity: int):
+        self.model, self.cache = model, KVCache(capacity)
+
+    def prefill(self, prompts: PackedBatch) -> Tensor:
+        """The prompts of a pack without padding, a row each: fp32 [R, V]."""
+        inputs = prompts.model_inputs(labels=False)
+        if not self.model.pre_process:
+            inputs["images"] = []
+        return self._forward(**inputs)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """One more token for each row, int64 [R]: fp32 [R, V]."""
+        borders = torch.arange(len(tokens) + 1, dtype=torch.int32, device=tokens.device)
+        return self._forward(input_ids=tokens[None], cu_seqlens=borders)
+
+    def select(self, rows: Tensor) -> None:
+        """Goes on with these rows, int64 [any]; see `KVCache.select`."""
+        self.cache.select(rows)
+
+    def _forward(self, input_ids: Tensor, **inputs: object) -> Tensor:
+        model = self.model
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        if not model.pre_process:
+            shape = (input_ids.shape[1], 1, model.config.hidden_size)
+            hidden = torch.empty(shape, dtype=model.config.params_dtype, device=input_ids.device)
+            dist.recv(hidden, src=parallel_state.get_pipeline_model_parallel_prev_rank())
+            model.set_input_tensor(hidden)
+        out = model(input_ids=input_ids, inference_context=self.cache, runtime_gather_output=True, **inputs)
+        if not model.post_process:
+            dist.send(out.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank())
+        if stages == 1:
+            return out[0].float()
+        logits = out.new_empty((self.cache.num_rows, model.step37.text.vocab_size), dtype=torch.float32)
+        if model.post_process:
+            logits.copy_(out[0])
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(logits, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+        return logits
+
+
+def any_expert_rank(flag: bool) -> bool:
+    """Whether `flag` holds on any rank that shares the routed experts with this one; collective among them."""
+    group = parallel_state.get_expert_model_parallel_group()
+    if dist.get_world_size(group) == 1:
+        return flag
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
+    held = torch.tensor(float(flag), device=device)
+    dist.all_reduce(held, op=dist.ReduceOp.MAX, group=group)
+    return bool(held)
+
+
+def idle(model: Step37Model) -> None:
+    """A pass over one token for a rank without rows, while others of its experts' ranks have some."""
+    device = next(model.parameters()).device
+    borders = torch.tensor([0, 1], dtype=torch.int32, device=device)
+    RowDecoder(model, 1)._forward(torch.zeros(1, 1, dtype=torch.int64, device=device), cu_seqlens=borders)

@@ -1,0 +1,50 @@
+"""Generates with the tests' model on N ranks and writes each rank's completions as JSON; started by test_generation_layouts.
+
+torchrun ... tests/layouts/generate_worker.py '{"folder": ..., "layout": {...}, "prompts": 5, ...}'
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from training import TEXT, VISION, sample
+
+from step37_lit import Step37Config, build_model
+from step37_lit.generation import Generator
+from step37_lit.lit_module import with_overrides
+from step37_lit.megatron import process
+from step37_lit.megatron.layout import ParallelLayout
+from step37_lit.sampling import GenerationSettings
+from step37_lit.tokenizer import Step37Tokenizer
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    layout = ParallelLayout(**job["layout"])
+    process.initialize(layout)
+    config = with_overrides(Step37Config.preset(job["preset"]), text=TEXT, vision=VISION)
+    model = build_model(config, layout, seed=5)
+    prompts = [sample(index, seed=9) for index in range(job["prompts"])]
+    if job["shared_out"]:  # each data-parallel rank has prompts of its own
+        ranks = parallel_state.get_data_parallel_world_size()
+        prompts = prompts[parallel_state.get_data_parallel_rank() :: ranks]
+    generator = Generator(model, Step37Tokenizer.train(["a"], 300), batch_size=3)
+    found = {}
+    for settings in job["settings"]:
+        for each in generator.generate(prompts, GenerationSettings(**settings)):
+            found[f"{settings} {each[0].key}"] = [[list(c.tokens), c.logprob] for c in each]
+    state = [model.training, model.config.sequence_parallel]
+    Path(job["folder"], f"rank{dist.get_rank()}.json").write_text(json.dumps({"found": found, "state": state}))
+    process.shutdown()
+
+
+if __name__ == "__main__":
+    main()
