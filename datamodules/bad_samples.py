@@ -7,12 +7,11 @@ is padded and later packs stay where they are; too many of them stop the run. No
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from step37_lit.config import ConfigError, UserError
 
@@ -83,7 +82,7 @@ class BadSampleLedger:
         if not records:
             return
         for record in records[: max(0, WARNINGS - len(self.records))]:
-            rank_zero_warn(f"skipped a bad sample: {record}")
+            warnings.warn(f"skipped a bad sample: {record}", stacklevel=2)
         self.records += records
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,16 @@ from PIL import Image
 from datamodules.scene_captions import caption_text, captions
 from datamodules.scene_rendering import render
 from datamodules.scene_world import Split, draw_scene, generator
-from datamodules.steps import EVERYTHING, DataShare, EvaluationLoader, Step, StepDataset, StepLoader, check_ranks, check_same
+from datamodules.steps import (
+    EVERYTHING,
+    DataShare,
+    EvaluationLoader,
+    Step,
+    StepDataset,
+    StepLoader,
+    check_ranks,
+    check_same,
+)
 from step37_lit.batch import PackedBatch, Sample
 from step37_lit.config import Step37Config, require
 from step37_lit.processor import Step37Processor

@@ -13,6 +13,7 @@ subcommands:
   predict    most likely next tokens for the prediction data
   shard      write webdataset shards from Flickr8k, COCO, chat JSONL, a folder of pictures or scenes
   index      index shards, so that epochs can be planned; add token lengths for a recipe
+  shard --inspect SHARDS --config RECIPE   a page about shards and the packs that are made of them
 
 often used:
   --config recipes/scenes_tiny.yaml   a recipe; later files and options override earlier ones

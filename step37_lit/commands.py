@@ -9,7 +9,7 @@ from jsonargparse import ArgumentError
 
 from step37_lit.config import UserError
 
-COMMANDS = {"shard": "datamodules.shard_command", "index": "datamodules.index_command"}
+COMMANDS = {"shard": "datamodules.commands.shard", "index": "datamodules.commands.index"}
 USER_ERROR = 2
 INTERRUPTED = 130
 

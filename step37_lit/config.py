@@ -31,6 +31,10 @@ class ConfigError(UserError):
         where = f"{file}: " if file is not None else ""
         super().__init__(f"{where}{field_name}: expected {expected}, found {found!r}")
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[object, ...]]:
+        # Pickled by an exception's args it could not be made again, and a pool of processes would break.
+        return type(self), (self.field_name, self.expected, self.found, self.file)
+
 
 def require(condition: bool, field_name: str, expected: object, found: object) -> None:
     """Raises `ConfigError` for `field_name` unless `condition` holds."""

@@ -1,4 +1,4 @@
-"""Decoding with the cache: a full forward at every step, `transformers`' generate, batches, sampling, beams, streams."""
+"""Decoding with the cache: full forwards, generate of `transformers`, batches, samples, beams, streams."""
 
 from __future__ import annotations
 

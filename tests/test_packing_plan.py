@@ -1,4 +1,4 @@
-"""Packing and epoch plans: everything packed once, near the lower bound, mixtures, leftovers, the same on every machine."""
+"""Packing and epoch plans: everything packed once, near the lower bound, mixtures, leftovers, one order everywhere."""
 
 from __future__ import annotations
 

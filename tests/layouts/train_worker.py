@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 from training import Record, TinyData, module_arguments, trainer_arguments
 
+from datamodules.packed import PackedDataModule
 from step37_lit import MegatronStrategy, Step37LitModule
 
 
@@ -28,7 +29,8 @@ def main() -> None:
         callbacks=[record],
         **trainer_arguments(Path(job["folder"]), devices=job["devices"], **job["trainer"]),
     )
-    trainer.fit(Step37LitModule(**module_arguments(**job["module"])), datamodule=TinyData(**job["data"]))
+    data = PackedDataModule(**job["data"]) if "sets" in job["data"] else TinyData(**job["data"])
+    trainer.fit(Step37LitModule(**module_arguments(**job["module"])), datamodule=data)
     seen = {
         "rows": record.rows,
         "global_step": trainer.global_step,
