@@ -22,7 +22,7 @@ import torch
 import webdataset
 from shard_read import write_shards
 
-from datamodules.conversations import DEFAULT_PROMPT, parse_text
+from datamodules.conversations import parse_text
 from datamodules.epoch_plan import Planner
 from datamodules.packed_steps import PackedEpochs
 from datamodules.shard_sets import Reading, ShardSet
@@ -32,7 +32,7 @@ from datamodules.steps import EVERYTHING, StepLoader
 from step37_lit.batch import PackedBatch, Sample
 from step37_lit.config import Step37Config
 from step37_lit.images import DEFAULT_MAX_PIXELS, open_image
-from step37_lit.processor import Step37Processor
+from step37_lit.processor import DEFAULT_PROMPT, Step37Processor
 from step37_lit.tokenizer import Step37Tokenizer
 
 MAX_LENGTH = 4096

@@ -27,7 +27,6 @@ import webdataset
 from PIL import Image
 from zlib_ng.zlib_ng import crc32
 
-from datamodules.conversations import DEFAULT_PROMPT
 from datamodules.epoch_plan import Planner
 from datamodules.shard_sets import Reading, ShardSet
 from datamodules.shards.index import ShardIndex, set_fingerprint
@@ -36,7 +35,7 @@ from datamodules.shards.index_file import INDEX_FILE, LENGTHS, LENGTHS_TYPE, PRO
 from datamodules.shards.reader import ShardReader
 from step37_lit import Step37Config
 from step37_lit.images import DEFAULT_MAX_PIXELS
-from step37_lit.processor import Step37Processor
+from step37_lit.processor import DEFAULT_PROMPT, Step37Processor
 from step37_lit.tokenizer import Step37Tokenizer
 
 PICTURES = 64  # different ones

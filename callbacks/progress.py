@@ -16,6 +16,7 @@ SHOWN: dict[str, tuple[str, str]] = {
     "train/padding": ("padding", "{:.0%}"),
     "train/data_wait": ("waiting", "{:.0%}"),
     "val/attribute_accuracy": ("attributes", "{:.1%}"),
+    "val/cider_d": ("CIDEr-D", "{:.2f}"),
 }
 
 

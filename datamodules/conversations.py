@@ -17,7 +17,6 @@ from typing import Any
 
 from step37_lit.processor import ESCAPE, ROLES
 
-DEFAULT_PROMPT = "Describe the picture."
 TEXT_SUFFIXES = ("json", "txt")
 FIELDS = ("messages", "captions", "caption")
 MAX_TEXT_BYTES = 1 << 20

@@ -13,7 +13,6 @@ from typing import Literal
 import lightning.pytorch as pl
 
 from datamodules.bad_samples import FILE_NAME, BadSampleLedger, BadSamplePolicy
-from datamodules.conversations import DEFAULT_PROMPT
 from datamodules.epoch_plan import Mixture, Planner, evaluation_plan, samples_per_epoch
 from datamodules.packed_steps import PackedEpochs, PackedSteps
 from datamodules.packing import WINDOW
@@ -21,7 +20,7 @@ from datamodules.shard_sets import Reading, ShardSet, Split, TooLong, set_names
 from datamodules.steps import EVERYTHING, DataShare, EvaluationLoader, StepLoader, check_ranks
 from step37_lit.config import Step37Config, require
 from step37_lit.images import DEFAULT_MAX_PIXELS
-from step37_lit.processor import Step37Processor
+from step37_lit.processor import DEFAULT_PROMPT, Step37Processor
 from step37_lit.tokenizer import Step37Tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"

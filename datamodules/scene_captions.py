@@ -7,10 +7,12 @@ attainable.
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from datamodules.scene_world import Scene, Thing
+from datamodules.scene_world import COLORS, PLACES, SHAPES, SIZES, TEXTURES, Scene, Thing
 
 COUNTS = ("one", "two", "three", "four")
 KINDS = ("color", "shape", "size", "texture", "place", "count", "background")
@@ -84,6 +86,30 @@ def _texture_last(scene: Scene) -> list[Piece]:
 
 
 WRITERS: tuple[Callable[[Scene], list[Piece]], ...] = (_size_first, _color_first, _shape_first, _texture_last)
+
+
+def score_caption(scene: Scene, text: str) -> tuple[int, int]:
+    """Attribute words that a free caption gets right, and how many there are to get right.
+
+    A thing is looked for behind its place, up to the next place that the caption names. Its place, shape, colour,
+    texture and size are right where exactly the true word is there; the caption's count is one more. Each place that is
+    named and empty is one more to get wrong.
+    """
+    words = text.lower()
+    starts = sorted((words.find(place), place) for place in PLACES if place in words)
+    stretches = itertools.pairwise([*starts, (len(words), "")])
+    said = {place: words[start:end] for (start, place), (end, _) in stretches}
+    right = int([count for count in COUNTS if count in words.split()] == [COUNTS[len(scene.things) - 1]])
+    for thing in scene.things:
+        if thing.place not in said:
+            continue
+        right += 1
+        kinds = ((thing.shape, SHAPES), (thing.color, COLORS), (thing.texture, TEXTURES), (thing.size, SIZES))
+        for true, choices in kinds:
+            found = [word for word in re.findall(r"[a-z]+", said[thing.place]) if word in choices]
+            right += found == [true]
+    empty = set(said) - {thing.place for thing in scene.things}
+    return right, 1 + 5 * len(scene.things) + len(empty)
 
 
 def things_named(pieces: list[Piece]) -> list[Thing]:

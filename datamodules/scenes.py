@@ -14,9 +14,9 @@ from typing import Any
 import lightning.pytorch as pl
 from PIL import Image
 
-from datamodules.scene_captions import caption_text, captions
+from datamodules.scene_captions import caption_text, captions, score_caption
 from datamodules.scene_rendering import render
-from datamodules.scene_world import Split, draw_scene, generator
+from datamodules.scene_world import Scene, Split, draw_scene, generator
 from datamodules.steps import (
     EVERYTHING,
     DataShare,
@@ -243,6 +243,18 @@ class ScenesDataModule(pl.LightningDataModule):
     def check(self, ranks: int) -> None:
         """Raises `ConfigError` unless every one of `ranks` data-parallel ranks gets as many packs."""
         check_ranks(self.microbatches, ranks)
+
+    def references(self, key: str) -> list[str]:
+        """Every paraphrase of the caption of a sample."""
+        return [caption_text(pieces) for pieces in captions(self._scene(key))]
+
+    def score_caption(self, key: str, text: str) -> tuple[int, int]:
+        """See `scene_captions.score_caption`."""
+        return score_caption(self._scene(key), text)
+
+    def _scene(self, key: str) -> Scene:
+        split, seed, index = key.split("-")
+        return draw_scene(int(seed), split, int(index), self.count_weights)  # type: ignore[arg-type]
 
     def epochs(self, split: Split, num_steps: int) -> SceneEpochs:
         """Epochs of `num_steps` global steps: this rank's share under a Trainer, everything without one."""

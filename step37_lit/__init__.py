@@ -16,6 +16,7 @@ _PUBLIC = {
     "PackedBatch": "step37_lit.batch",
     "ParallelLayout": "step37_lit.megatron.layout",
     "Sample": "step37_lit.batch",
+    "Step37Captioner": "step37_lit.captioner",
     "Step37Config": "step37_lit.config",
     "Step37LitModule": "step37_lit.lit_module",
     "Step37Model": "step37_lit.model.step37_model",

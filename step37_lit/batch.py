@@ -8,6 +8,7 @@ A pack is one row of T tokens made of whole samples; `cu_seqlens` tells them apa
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -186,6 +187,19 @@ class PackedBatch:
             max_seqlen=length,
         )
 
+    def samples(self) -> list[Sample]:
+        """The samples that the pack was made of, with views of its tensors; without their attribute spans."""
+        ids, learnt = self.input_ids[0], self.loss_mask[0]
+        images = {token: _single_images(self.images, token) for token in {i.insert_start_token for i in self.images}}
+        samples = []
+        borders = itertools.pairwise(self.cu_seqlens.tolist())
+        for key, (start, end) in zip(self.sample_keys, borders, strict=False):  # the padded tail has no key
+            own = ids[start:end]
+            mask = torch.cat([learnt.new_zeros(1), learnt[start : end - 1]])
+            starts = [token for token in own.tolist() if token in images]
+            samples.append(Sample(key, own, mask, [next(images[token]) for token in starts]))
+        return samples
+
     @property
     def num_tokens(self) -> int:
         """Tokens of the samples, without the padded tail."""
@@ -274,6 +288,17 @@ class PackedBatch:
             if image.images is not None:
                 shape = tuple(image.images.shape)
                 require(len(shape) == 4 and shape[1] == 3, f"images[{i}].images", "shape (N, 3, H, W)", shape)
+
+
+def _single_images(entries: Sequence[ImageForInsert], token: int) -> Iterator[ImageForInsert]:
+    """The images of one start token one by one, in their order."""
+    for entry in entries:
+        if entry.insert_start_token == token:
+            for i in range(entry.num_images):
+                pixels, features = (
+                    None if held is None else held[i : i + 1] for held in (entry.images, entry.image_features)
+                )
+                yield ImageForInsert(token, pixels, features)
 
 
 def _next(tensor: Tensor) -> Tensor:

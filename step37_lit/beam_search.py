@@ -1,7 +1,7 @@
 """Beam search over the rows of one prompt: bookkeeping only, the model runs elsewhere.
 
-A finished beam's score is log-probability / length ^ length_penalty, its end token counted. As in `transformers`, only a
-candidate among the `num_beams` best of its step can finish, and the search for a prompt ends when its worst finished
+A finished beam's score is log-probability / length ^ length_penalty, its end token counted. As in `transformers`, only
+a candidate among the `num_beams` best of its step can finish, and the search for a prompt ends when its worst finished
 beam is at least as good as what the best open one scores now.
 """
 

@@ -155,7 +155,8 @@ class Step37CLI(LightningCLI):
 
 def summary(trainer: pl.Trainer) -> str:
     """Three lines for the end of a run: what was reached, the checkpoint, and where everything is."""
-    shown = ("train/loss", "val/loss", "val/attribute_accuracy", "val/attribute_accuracy_seen")
+    validated = ("loss", "attribute_accuracy", "attribute_accuracy_seen", "generated_attribute_accuracy", "cider_d")
+    shown = ["train/loss", *(f"val/{name}" for name in validated)]
     metrics = trainer.callback_metrics
     reached = ", ".join(f"{name} {float(metrics[name]):.4f}" for name in shown if name in metrics)
     root = Path(trainer.default_root_dir)

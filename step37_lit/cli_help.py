@@ -2,7 +2,7 @@
 
 HELP = """\
 usage: python -m step37_lit {fit,validate,test,predict} --config RECIPE [--section.field VALUE ...]
-       python -m step37_lit {shard,index} ...
+       python -m step37_lit {shard,index,caption} ...
 
 Step-3.7, a vision-language model, on megatron-core in PyTorch Lightning.
 
@@ -14,6 +14,7 @@ subcommands:
   shard      write webdataset shards from Flickr8k, COCO, chat JSONL, a folder of pictures or scenes
   index      index shards, so that epochs can be planned; add token lengths for a recipe
   shard --inspect SHARDS --config RECIPE   a page about shards and the packs that are made of them
+  caption    captions of pictures by a run, a checkpoint or a hub folder
 
 often used:
   --config recipes/scenes_tiny.yaml   a recipe; later files and options override earlier ones

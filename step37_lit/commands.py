@@ -9,7 +9,11 @@ from jsonargparse import ArgumentError
 
 from step37_lit.config import UserError
 
-COMMANDS = {"shard": "datamodules.commands.shard", "index": "datamodules.commands.index"}
+COMMANDS = {
+    "shard": "datamodules.commands.shard",
+    "index": "datamodules.commands.index",
+    "caption": "step37_lit.caption_command",
+}
 USER_ERROR = 2
 INTERRUPTED = 130
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from step37_lit import saved_model
 from step37_lit.batch import PackedBatch
 from step37_lit.config import ConfigError, Step37Config, require
 from step37_lit.evaluation import EvaluationSums, swap_images
@@ -102,6 +103,11 @@ class Step37LitModule(pl.LightningModule):
         """The Trainer's strategy; raises `ConfigError` where it is not a `MegatronStrategy`."""
         return megatron_strategy(self.trainer)
 
+    @property
+    def validation_metrics(self) -> list[str]:
+        """What a validation logs; `val/attribute_accuracy*` also with `/KIND` behind it."""
+        return [f"val/{name}{suffix}" for suffix in self.eval_suffixes for name in ("loss", "attribute_accuracy")]
+
     def setup(self, stage: str) -> None:
         megatron_strategy(self.trainer)  # refuses another one before anything is built
 
@@ -144,6 +150,9 @@ class Step37LitModule(pl.LightningModule):
         strategy.check(self.config, trainer, fitting)
         if fitting:
             self._lr_factor(trainer.max_steps)
+            for callback in trainer.callbacks:
+                if hasattr(callback, "check"):
+                    callback.check(trainer, self)
         if datamodule is not None and hasattr(datamodule, "check"):
             datamodule.check(strategy.layout.data_parallel_size(trainer.world_size))
         if datamodule is not None and hasattr(datamodule, "config"):  # data made for a model: it must be this one
@@ -257,6 +266,8 @@ class Step37LitModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["random_states"] = self.strategy.random_states()
+        processor, prompt = (getattr(self.trainer.datamodule, name, None) for name in ("processor", "prompt"))
+        checkpoint[saved_model.ENTRY] = saved_model.description(self.config, processor, prompt)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._random_states = checkpoint["random_states"]

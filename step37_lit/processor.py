@@ -35,8 +35,9 @@ from step37_lit.config import ConfigError, Step37Config, require
 from step37_lit.multicrop import RESIZE_MODES, ResizeMode, crop_image, pixels_of, plan_crops, resize_pixels
 from step37_lit.tokenizer import BOS, IMAGE_PATCH, TURN_END, Step37Tokenizer
 
-__all__ = ["DEFAULT_CHAT_TEMPLATE", "Message", "Step37Processor", "crop_image", "plan_crops"]
+__all__ = ["DEFAULT_CHAT_TEMPLATE", "DEFAULT_PROMPT", "Message", "Step37Processor", "crop_image", "plan_crops"]
 
+DEFAULT_PROMPT = "Describe the picture."  # the question that a caption answers
 ROLES = ("system", "user", "assistant")
 
 DEFAULT_CHAT_TEMPLATE = """\

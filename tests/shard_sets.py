@@ -12,12 +12,11 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from datamodules.conversations import DEFAULT_PROMPT
 from datamodules.shards.index import ShardIndex
 from datamodules.shards.index_build import build_index
 from datamodules.shards.lengths import add_lengths
 from step37_lit.config import Step37Config
-from step37_lit.processor import Step37Processor
+from step37_lit.processor import DEFAULT_PROMPT, Step37Processor
 from step37_lit.tokenizer import Step37Tokenizer
 
 WORDS = ("a", "red", "green", "small", "large", "dog", "cat", "house", "tree", "on", "under", "near", "the", "grass")

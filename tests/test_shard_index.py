@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from datamodules.bad_samples import BadSample
 from datamodules.commands import index as index_command
-from datamodules.conversations import DEFAULT_PROMPT, parse_text
+from datamodules.conversations import parse_text
 from datamodules.shards.index import BuildCounts, ShardIndex, set_fingerprint
 from datamodules.shards.index_build import build_index
 from datamodules.shards.index_file import INDEX_FILE, write_index
@@ -36,7 +36,7 @@ from datamodules.shards.reader import ShardReader
 from datamodules.shards.storage import OPEN_FILES, Storage, expand_shards
 from datamodules.shards.worker_pool import results_in_order
 from step37_lit.config import ConfigError, Step37Config
-from step37_lit.processor import Step37Processor
+from step37_lit.processor import DEFAULT_PROMPT, Step37Processor
 from step37_lit.tokenizer import Step37Tokenizer
 from tests import tars
 from tests.tars import picture, sample, text

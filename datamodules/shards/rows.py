@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from datamodules.conversations import DEFAULT_PROMPT, MAX_TEXT_BYTES, TEXT_SUFFIXES, choose_text
+from datamodules.conversations import MAX_TEXT_BYTES, TEXT_SUFFIXES, choose_text
 from datamodules.shards.index import Member
 from datamodules.shards.index_file import SCHEMA, ShardEntry
 from datamodules.shards.storage import FileState, Storage
 from datamodules.shards.tar_scan import MAX_MEMBER_BYTES, TarMember, TarScan
 from step37_lit.images import SUFFIX_FORMATS, ImageError, read_header
+from step37_lit.processor import DEFAULT_PROMPT
 
 IMAGE_SUFFIX = re.compile(rf"(?:([0-9]{{1,9}})\.)?({'|'.join(SUFFIX_FORMATS)})")
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from datamodules.bad_samples import BadSample
-from datamodules.conversations import DEFAULT_PROMPT, choose_text
+from datamodules.conversations import choose_text
 from datamodules.shards.tar_scan import MAX_MEMBER_BYTES
 from step37_lit.config import ConfigError
 from step37_lit.images import SUFFIX_FORMATS
+from step37_lit.processor import DEFAULT_PROMPT
 
 MAX_LINE_BYTES = 8 * 2**20  # a text member may have 1 MiB, and escapes such as \u00e9 make a line longer
 MAX_KEY_BYTES = 80  # a member's name has 100 bytes in a plain tar header; the rest is for ".123.jpeg"

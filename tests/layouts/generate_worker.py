@@ -1,4 +1,4 @@
-"""Generates with the tests' model on N ranks and writes each rank's completions as JSON; started by test_generation_layouts.
+"""Generates with the tests' model on N ranks and writes each rank's completions as JSON.
 
 torchrun ... tests/layouts/generate_worker.py '{"folder": ..., "layout": {...}, "prompts": 5, ...}'
 """
