@@ -12,9 +12,10 @@ import torch
 
 from step37_lit.batch import PackedBatch, Sample
 from step37_lit.beam_search import BeamSearch
-from step37_lit.config import ConfigError
+from step37_lit.config import ConfigError, Step37Config
 from step37_lit.generation import Generator
 from step37_lit.hub.load import load_hub_model
+from step37_lit.megatron.build import build_model
 from step37_lit.megatron.inference import RowDecoder, inference_mode
 from step37_lit.model.step37_model import Step37Model
 from step37_lit.sampling import GenerationSettings, choose, draws, restricted
@@ -325,3 +326,18 @@ def test_a_row_too_many_is_refused(model: Step37Model, prompts: list[Sample]) ->
         with pytest.raises(ValueError, match="capacity 40"):
             for _ in range(20):
                 decoder.step(torch.tensor([1, 2]))
+
+
+def test_the_published_window_of_512_is_passed(tokenizer: Step37Tokenizer) -> None:
+    """Prompts of 500 and 530 tokens, 40 steps. Measured: 1e-6 of the largest logit."""
+    tiny = Step37Config.preset("tiny")
+    model = build_model(replace(tiny, text=replace(tiny.text, sliding_window=512)), seed=SEED)
+    generator = torch.Generator().manual_seed(SEED)
+    rows = [torch.randint(12, 500, (length,), generator=generator) for length in (500, 530)]
+    prompts = [Sample(str(len(row)), row, torch.zeros(len(row))) for row in rows]
+    (first, second) = Generator(model, tokenizer).generate(prompts, GenerationSettings(max_new_tokens=40))
+    for prompt, (completion,) in zip(prompts, (first, second), strict=True):
+        expected = full_logits(model, prompt, list(completion.tokens))
+        assert expected[:-1].argmax(-1).tolist() == list(completion.tokens)
+        sums = expected[:-1].log_softmax(-1).gather(1, torch.tensor(completion.tokens)[:, None]).sum()
+        assert completion.logprob == pytest.approx(float(sums), abs=1e-3)
