@@ -1,20 +1,13 @@
-"""The index of a set: what is in it, refreshing it, token lengths, stale shards, reading by it, remote shards."""
+"""The index of a set: what is in it, refreshing it, token lengths, stale shards."""
 
 from __future__ import annotations
 
-import ast
-import functools
-import http.server
 import json
-import multiprocessing
 import os
-import pickle
 import re
 import shutil
 import signal
 import tarfile
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,58 +15,29 @@ import pyarrow as pa
 import pyarrow.feather
 import pytest
 import webdataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from datamodules.bad_samples import BadSample
-from datamodules.commands import index as index_command
 from datamodules.conversations import parse_text
 from datamodules.shards.index import BuildCounts, ShardIndex, set_fingerprint
 from datamodules.shards.index_build import build_index
 from datamodules.shards.index_file import INDEX_FILE, write_index
 from datamodules.shards.lengths import add_lengths
 from datamodules.shards.reader import ShardReader
-from datamodules.shards.storage import OPEN_FILES, Storage, expand_shards
+from datamodules.shards.storage import Storage
 from datamodules.shards.worker_pool import results_in_order
 from step37_lit.config import ConfigError, Step37Config
 from step37_lit.processor import DEFAULT_PROMPT, Step37Processor
 from step37_lit.tokenizer import Step37Tokenizer
 from tests import tars
+from tests.indexed_shards import CHAT, TEXTS, flipped, keep_time, small_processor, write_set
 from tests.tars import picture, sample, text
 
 REPOSITORY = Path(__file__).parents[1]
-TEXTS = ["a red ring", "a dog runs", "Describe the picture.", "What is it?"] * 3
-CHAT = text(
-    messages=[
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]},
-        {"role": "assistant", "content": "a dog runs"},
-    ],
-    id=7,
-)
 
 
 @pytest.fixture(scope="module")
 def processor() -> Step37Processor:
-    return Step37Processor(Step37Tokenizer.train(TEXTS, vocab_size=300), Step37Config.preset("tiny"))
-
-
-def write_set(folder: Path, shards: int = 3, samples: int = 4) -> Path:
-    """Shards `s-0.tar`, ... with keys `0-0`, `0-1`, ...; captions differ in length."""
-    for shard in range(shards):
-        members = [m for i in range(samples) for m in sample(f"{shard}-{i}", 10 * shard + i, "a dog " * (i + 1))]
-        tars.write(folder / f"s-{shard}.tar", members)
-    return folder
-
-
-def keep_time(path: Path, content: bytes) -> None:
-    """Other content under the old time."""
-    before = path.stat()
-    path.write_bytes(content)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-def flipped(content: bytes, at: int) -> bytes:
-    return content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]
+    return small_processor()
 
 
 # ---- what is in an index ----
@@ -388,327 +352,3 @@ def test_an_index_cannot_lead_out_of_its_folder(name: str, tmp_path: Path) -> No
     write_index(index.file, index.table, index.shards, folder="pipe:touch executed;")
     with pytest.raises(ConfigError, match=r"index: expected shards beside it or at a URL, found 'pipe:touch"):
         ShardIndex.open(tmp_path)
-
-
-# ---- reading ----
-
-
-@settings(max_examples=60, deadline=None)
-@given(at=st.integers(min_value=0), flip=st.integers(1, 255))
-def test_any_changed_byte_of_any_member_is_seen(
-    at: int, flip: int, indexed_set: tuple[Path, bytes, ShardIndex]
-) -> None:
-    folder, original, index = indexed_set
-    places = [(i, m, offset) for i in range(len(index)) for m in index.members(i) for offset in range(m.size)]
-    i, member, offset = places[at % len(places)]
-    content = bytearray(original)
-    content[member.offset + offset] ^= flip
-    (folder / "s-0.tar").write_bytes(content)
-    reader = ShardReader(index)
-    with pytest.raises(BadSample) as caught:
-        reader.read(i)
-    error = caught.value
-    assert (error.shard, error.key, error.member) == ("s-0.tar", index.key(i), member.suffix)
-    assert re.fullmatch(r"CRC-32 [0-9a-f]{8}, [0-9a-f]{8} when it was indexed", error.reason)
-    for other in set(range(len(index))) - {i}:
-        reader.read(other)
-
-
-@pytest.fixture(scope="module")
-def indexed_set(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, ShardIndex]:
-    folder = write_set(tmp_path_factory.mktemp("crc"), shards=1)
-    return folder, (folder / "s-0.tar").read_bytes(), build_index(folder)
-
-
-def test_shards_that_shrink_or_vanish_while_they_are_read(tmp_path: Path) -> None:
-    index = build_index(write_set(tmp_path))
-    shard, picture_of_it = tmp_path / "s-1.tar", index.members(4)[1]
-    whole = shard.read_bytes()
-    for cut, member in ((picture_of_it.offset + 10, "json: 0"), (index.members(4)[0].offset + 10, "json: 10")):
-        shard.write_bytes(whole[:cut])
-        with pytest.raises(BadSample, match=rf"^shard s-1.tar, key 1-0, member {member} bytes read, \d+ indexed$"):
-            ShardReader(index).read(4)
-    shard.unlink()
-    with pytest.raises(BadSample, match=r"^shard s-1.tar, key 1-0, member json: cannot be read: .*No such file"):
-        ShardReader(index).read(4)
-    assert ShardReader(index).read(0).key == "0-0"
-
-
-def test_a_place_outside_of_the_shard_asks_for_no_memory(tmp_path: Path) -> None:
-    index = build_index(write_set(tmp_path, shards=1))
-    table = index.table
-    for offset, size in ((0, 1 << 45), (-1, 5), (1 << 60, 5), (0, -5)):
-        members = pa.array([[{"suffix": "txt", "offset": offset, "size": size, "crc32": 0}]] * 4, table["members"].type)
-        at = table.schema.get_field_index("members")
-        write_index(index.file, table.set_column(at, "members", pa.chunked_array([members])), index.shards)
-        with pytest.raises(BadSample, match=r"member txt: a place outside of the shard in the index"):
-            ShardReader(ShardIndex.open(tmp_path)).read(0)
-
-
-def test_without_images_only_the_text_is_read(tmp_path: Path) -> None:
-    index = build_index(write_set(tmp_path, shards=1))
-    image = index.members(2)[1]
-    keep_time(tmp_path / "s-0.tar", flipped((tmp_path / "s-0.tar").read_bytes(), image.offset + 3))
-    content = ShardReader(index).read(2, images=False)
-    assert content.images == () and json.loads(content.text)["captions"][0].startswith("a dog")
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_readers_in_other_processes(method: str, tmp_path: Path) -> None:
-    index = build_index(write_set(tmp_path))
-    reader = ShardReader(index)
-    expected = [reader.read(i) for i in range(len(index))]  # descriptors are open now
-    with multiprocessing.get_context(method).Pool(2) as pool:
-        assert pool.map(reader.read, range(len(index)), chunksize=3) == expected
-    assert pickle.loads(pickle.dumps(reader)).read(5) == expected[5]
-    again = pickle.dumps(reader)
-    tars.write(tmp_path / "s-9.tar", sample("new"))
-    build_index(tmp_path)
-    with pytest.raises(ConfigError, match=r"index: expected the file that the run started with, found 'a newer one'"):
-        pickle.loads(again)
-    assert reader.read(5) == expected[5]  # its own file is still mapped
-
-
-def test_more_shards_than_open_files(tmp_path: Path) -> None:
-    for shard in range(OPEN_FILES + 20):
-        tars.write(tmp_path / f"s-{shard:03d}.tar", [(f"{shard}.jpg", picture()), (f"{shard}.txt", b"x")])
-    before = len(os.listdir("/proc/self/fd"))
-    reader = ShardReader(build_index(tmp_path))
-    for i in [*range(OPEN_FILES + 20)] * 2:
-        assert reader.read(i).key == str(i)
-    assert len(os.listdir("/proc/self/fd")) <= before + OPEN_FILES
-    del reader
-    assert len(os.listdir("/proc/self/fd")) <= before
-
-
-# ---- remote shards ----
-
-
-class RangeHandler(http.server.SimpleHTTPRequestHandler):
-    """Serves files and parts of them."""
-
-    ranges = True
-
-    def do_GET(self) -> None:
-        path = Path(self.translate_path(self.path))
-        if not path.is_file():
-            return self.send_error(404)
-        content = path.read_bytes()
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        self.server.asked.append(self.headers.get("Range"))  # type: ignore[attr-defined]
-        if asked is None or not self.ranges:
-            self.send_response(200)
-        else:
-            first, last = int(asked[1]), int(asked[2] or len(content) - 1)
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{min(last, len(content) - 1)}/{len(content)}")
-            content = content[first : last + 1]
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[http.server.ThreadingHTTPServer]:
-    handler = functools.partial(RangeHandler, directory=str(tmp_path / "remote"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.asked = []  # type: ignore[attr-defined]
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
-def test_remote_shards(server: http.server.ThreadingHTTPServer, tmp_path: Path, processor: Step37Processor) -> None:
-    local = build_index(write_set(tmp_path / "remote"))
-    url, file = f"http://127.0.0.1:{server.server_port}/", tmp_path / "remote.arrow"
-    shards, schemes = url + "s-{0..2}.tar", ("http",)
-    with pytest.raises(ConfigError, match=r"shards: expected local paths .remote_schemes does not name http."):
-        build_index(shards, index_file=file)
-    with pytest.raises(ConfigError, match=r"--index: expected a local file for the index of remote shards"):
-        build_index(shards, remote_schemes=schemes)
-    assert server.asked == []  # type: ignore[attr-defined]
-    index = build_index(shards, index_file=file, remote_schemes=schemes)
-    assert index.table.equals(local.table) and index.folder == url
-    assert build_index(shards, index_file=file, remote_schemes=schemes).counts == BuildCounts(shards_kept=3)
-    index.check_fresh(Storage(schemes))
-    with pytest.raises(ConfigError, match=r"remote_schemes does not name http"):
-        ShardReader(index).read(0)
-    reader = ShardReader(index, schemes)
-    server.asked.clear()  # type: ignore[attr-defined]
-    assert [reader.read(i) for i in range(12)] == [ShardReader(local).read(i) for i in range(12)]
-    members = [m for i in range(12) for m in index.members(i)]
-    assert server.asked == [f"bytes={m.offset}-{m.offset + m.size - 1}" for m in members]  # type: ignore[attr-defined]
-    index = add_lengths(index, processor, DEFAULT_PROMPT, remote_schemes=schemes)
-    expected = add_lengths(local, processor, DEFAULT_PROMPT)
-    assert index.table.equals(expected.table) and index.folder == url
-
-    content = (tmp_path / "remote" / "s-1.tar").read_bytes()
-    (tmp_path / "remote" / "s-1.tar").write_bytes(flipped(content, index.members(4)[1].offset))
-    with pytest.raises(BadSample, match=r"^shard s-1.tar, key 1-0, member jpg: CRC-32"):
-        reader.read(4)
-    (tmp_path / "remote" / "s-1.tar").write_bytes(content + bytes(512))
-    with pytest.raises(ConfigError, match=r"/s-1.tar: size of the shard: expected \d+ bytes as indexed"):
-        index.check_fresh(Storage(schemes))
-    (tmp_path / "remote" / "s-1.tar").unlink()
-    with pytest.raises(ConfigError, match=r"/s-1.tar: shard: expected a file of \d+ bytes.*found 'none'"):
-        index.check_fresh(Storage(schemes))
-    with pytest.raises(BadSample, match=r"^shard s-1.tar, key 1-0, member json: cannot be read: http://"):
-        reader.read(4)
-    with pytest.raises(ConfigError, match=r"s-1.tar: shard: expected a file that can be read"):
-        build_index(shards, index_file=file, remote_schemes=schemes)
-
-
-def test_a_server_without_ranges_is_noticed(
-    server: http.server.ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_set(tmp_path / "remote", shards=1)
-    url = f"http://127.0.0.1:{server.server_port}/s-0.tar"
-    index = build_index(url, index_file=tmp_path / "remote.arrow", remote_schemes=["http"])
-    monkeypatch.setattr(RangeHandler, "ranges", False)
-    with pytest.raises(BadSample, match=r"member json: \d+ bytes read, \d+ indexed$"):
-        ShardReader(index, ["http"]).read(0)
-
-
-# ---- what is meant by a path ----
-
-
-def test_paths(tmp_path: Path) -> None:
-    write_set(tmp_path, shards=12, samples=1)
-    (tmp_path / ".s-half.tar").touch()
-    (tmp_path / "notes.txt").touch()
-    every = sorted(str(tmp_path / f"s-{i}.tar") for i in range(12))
-    assert expand_shards(tmp_path) == expand_shards(str(tmp_path / "*.tar")) == every
-    assert expand_shards(str(tmp_path / "s-{2,{0..1}}.tar")) == [str(tmp_path / f"s-{i}.tar") for i in (2, 0, 1)]
-    assert expand_shards([tmp_path / "s-3.tar", str(tmp_path / "s-1.tar")]) == [every[i] for i in (5, 1)]
-    urls = "https://host/s-{08..10}.tar"
-    assert expand_shards(urls, ["https"]) == [f"https://host/s-{i}.tar" for i in ("08", "09", "10")]
-
-
-# ---- the command ----
-
-
-def run(*arguments: str | Path) -> int:
-    return index_command.main([os.fspath(argument) for argument in arguments])
-
-
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_set(tmp_path)
-    assert run(tmp_path, "--workers", "1") == 0
-    shown = capsys.readouterr().out.splitlines()
-    assert shown[0].startswith("shards     3: 3 read, 0 compared, 0 unchanged")
-    assert shown[1:3] == ["samples    12", f"index      {tmp_path}/index.arrow"]
-    assert shown[3].startswith("lengths    none: --config RECIPE or --preset NAME")
-    assert run(tmp_path, "--preset", "tiny", "--workers", "2") == 0
-    shown = capsys.readouterr().out.splitlines()
-    assert shown[0].startswith("shards     3: 0 read, 0 compared, 3 unchanged")
-    assert re.fullmatch(rf"tokenizer  \d+ tokens, trained on the texts of the set: {tmp_path}/tokenizer.json", shown[3])
-    assert re.fullmatch(
-        r"lengths    24 texts of \d+ to \d+ tokens, [\d.]+ on average; fingerprint [0-9a-f]{16}, 12 texts read",
-        shown[4],
-    )
-    trained = (tmp_path / "tokenizer.json").read_bytes()
-    assert run(tmp_path, "--preset", "tiny", "--prompt", "What?", "--multicrop", "--workers", "1") == 0
-    assert "12 texts read" in capsys.readouterr().out and (tmp_path / "tokenizer.json").read_bytes() == trained
-    assert len(ShardIndex.open(tmp_path).fingerprints) == 2
-
-
-def test_the_command_with_a_recipe_gives_what_its_data_module_needs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from datamodules.packed import PackedDataModule
-
-    settings = {"preset": "tiny", "prompt": "What is it?", "max_length": 512}
-    for name in ("one", "two"):
-        write_set(tmp_path / name, shards=1)
-    sets = [{"path": str(tmp_path / name)} for name in ("one", "two")]
-    recipe = tmp_path / "recipe.yaml"
-    data = {"class_path": "datamodules.packed.PackedDataModule", "init_args": {"sets": sets, **settings}}
-    recipe.write_text(json.dumps({"data": data}))
-    with pytest.raises(ConfigError, match=r"data.tokenizer: expected a file, or .*one/tokenizer.json, which indexing"):
-        run(tmp_path / "two", "--config", recipe)
-    assert run(tmp_path / "one", "--config", recipe, "--workers", "1") == 0
-    assert run(tmp_path / "two", "--config", recipe, "--workers", "1") == 0
-    assert not (tmp_path / "two" / "tokenizer.json").exists()
-    module = PackedDataModule(sets=str(tmp_path / "one"), **settings)
-    fingerprint = set_fingerprint(module.processor, module.prompt)
-    assert {ShardIndex.open(tmp_path / name).fingerprints for name in ("one", "two")} == {(fingerprint,)}
-
-
-def test_the_command_lists_what_is_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tars.write(tmp_path / "s.tar", [*sample("a"), ("b\x1b[31m.jpg", picture()), ("c.cls", b"1")])
-    cut = tars.tar(sample("d"))
-    tars.write(tmp_path / "t.tar", cut[: tars.end_of_members(cut)])
-    with pytest.raises(BadSample):
-        run(tmp_path, "--workers", "1")
-    assert run(tmp_path, "--bad", "skip", "--workers", "1", "--preset", "tiny") == 0
-    shown = capsys.readouterr().out.splitlines()
-    assert shown[1] == "samples    3; 1 members of other kinds left alone"
-    assert re.fullmatch(r"damaged    t.tar: cut off .*", shown[3])
-    assert shown[4] == "bad        2 of 3 samples; they stay in the index with the reason"
-    assert shown[5] == "           shard s.tar, key 'b\\x1b[31m': no text member (json or txt)"
-    assert re.fullmatch(r"           shard t.tar, key d: .*", shown[6])
-    assert shown[-1].startswith("lengths    2 texts")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--tokenizer", "t.json"], r"--preset or --hub: expected the model that the lengths are for"),
-        (["--config", "r.yaml", "--preset", "tiny"], r"--config: expected a recipe or options of the model"),
-        (["--config", "absent.yaml"], r"--config: expected a file, found 'absent.yaml'"),
-        (["--config", "r.yaml"], r"r.yaml: data: expected class_path and init_args"),
-        (["--preset", "tiny", "--tokenizer", "absent.json"], r"tokenizer: expected a file, found 'absent.json'"),
-        (["--preset", "flash"], r"id of <im_start>: expected 128000"),
-        (["--preset", "nonsense"], r"preset: expected .* found 'nonsense'"),
-        (["--remote-schemes", "pipe"], r"remote_schemes: expected any of"),
-        (["--index", "elsewhere/index.arrow"], r"--index: expected a file in the shards' folder"),
-    ],
-)
-def test_mistakes(arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_set(tmp_path / "set", shards=1)
-    (tmp_path / "r.yaml").write_text("data: 3\n")
-    with pytest.raises(ConfigError, match=message):
-        run("set", "--workers", "1", *arguments)
-    assert not (tmp_path / "set" / "tokenizer.json").exists()
-
-
-def test_an_index_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_set(tmp_path)
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(ConfigError, match=r"index: expected files that can be read and written, found 'No space left"):
-        run(tmp_path, "--workers", "1")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["s-0.tar", "s-1.tar", "s-2.tar"]
-
-
-def full_disk(descriptor: int) -> None:
-    raise OSError(28, "No space left on device")
-
-
-# ---- nothing is executed ----
-
-
-def test_no_reader_here_unpickles() -> None:
-    """webdataset writes shards, nothing else: its readers would unpickle members and run what `pipe:` says."""
-    for path in (REPOSITORY / "datamodules").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                modules = [f"{node.module}.{alias.name}" for alias in node.names]
-            for module in modules:
-                assert not module.startswith(("pickle", "subprocess", "tarfile.TarFile", "torch.load")), path
-                if module.startswith("webdataset"):
-                    assert module in ("webdataset.TarWriter", "webdataset.ShardWriter"), path
-
-
-def test_hostile_json_takes_no_quadratic_time() -> None:
-    """A million quotes, each of which could begin a string that never ends, would take hours."""
-    for data in (b'"' * 1_000_000, b'\\"' * 500_000, b"[" * 1_000_000, b'["' * 500_000, b"{" * 100 + b'"\\' * 400_000):
-        with pytest.raises(ValueError, match=r"not JSON|nested"):
-            parse_text("json", data)
