@@ -147,7 +147,7 @@ def measure_large_index(folder: Path, samples: int) -> None:
     start = time.perf_counter()
     shards = ShardSet(os.fspath(folder), "large", reading)
     planner = Planner([shards.planned("train", 0.0)], 0, MAX_LENGTH, 64, 1)
-    for epoch in range(3):
+    for epoch in range(8):
         packs = planner.plan(epoch).num_packs
         seconds, start = time.perf_counter() - start, time.perf_counter()
         megabytes = resident_megabytes() - before

@@ -1,7 +1,7 @@
 """Packing: which samples share a row of `max_length` tokens, from their lengths alone.
 
 Samples come in order. The window holds the oldest ones that are not packed yet; the oldest of all goes next, and the
-rest of its row is filled as exactly as the window allows: a subset sum whose reachable sums are the bits of an integer.
+rest of its row is filled as exactly as the window allows: a subset sum kept as the bits of an integer.
 """
 
 from __future__ import annotations
@@ -78,28 +78,28 @@ def _checked(lengths: Iterable[int], max_length: int) -> Iterator[tuple[int, int
 def _fill(waiting: list[tuple[int, int]], max_length: int) -> list[int]:
     """Places in `waiting` of the oldest sample and of those that fill the rest of its row best."""
     room = max_length - waiting[0][1]
-    within = (1 << (room + 1)) - 1
-    full = 1 << room
-    reachable = 1  # bit s: some of the samples seen so far have s tokens together
-    steps: list[tuple[int, int, int]] = []  # place, length, what was reachable without it
-    useless: set[int] = set()  # lengths that add no sum to what is reachable now
+    # Bit r: some of the samples seen so far leave r tokens of the room free. Adding a sample shifts to the right, and
+    # what would not fit falls off the end.
+    free = 1 << room
+    steps: list[tuple[int, int, int]] = []  # place, length, `free` without it
+    useless: set[int] = set()  # lengths that change nothing now
     for place in range(1, len(waiting)):
         length = waiting[place][1]
         if length > room or length in useless:
             continue
-        with_it = reachable | (reachable << length & within)
-        if with_it == reachable:
+        with_it = free | free >> length
+        if with_it == free:
             useless.add(length)
             continue
-        steps.append((place, length, reachable))
-        reachable = with_it
-        useless.clear()
-        if reachable & full:
+        steps.append((place, length, free))
+        free = with_it
+        if free & 1:
             break
+        useless.clear()
     chosen = []
-    left = reachable.bit_length() - 1
+    left = (free & -free).bit_length() - 1  # the least that can be left free
     for place, length, without_it in reversed(steps):
         if not without_it >> left & 1:
             chosen.append(place)
-            left -= length
+            left += length
     return [0, *reversed(chosen)]
