@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.transformer.module import MegatronModule
@@ -22,9 +23,19 @@ def wrap(model: MegatronModule) -> DistributedDataParallel:
         ddp = DistributedDataParallel(model.config, ddp_config, model)
     for group in ddp.bucket_groups + ddp.expert_parallel_bucket_groups:
         _skip_exchange_with_oneself(group)
-    model.config.finalize_model_grads_func = finalize_model_grads
+    model.config.finalize_model_grads_func = _finalize_gradients
     model.config.grad_scale_func = None
     return ddp
+
+
+@torch.no_grad()
+def _finalize_gradients(chunks: list[Any], *args: Any, **kwargs: Any) -> None:
+    """megatron's reduction of the gradients; a frozen router keeps its bias too, which moves by the load alone."""
+    routers = [m for chunk in chunks for m in chunk.modules() if getattr(m, "expert_bias", None) is not None]
+    kept = [(router.expert_bias, router.expert_bias.clone()) for router in routers if not router.weight.requires_grad]
+    finalize_model_grads(chunks, *args, **kwargs)
+    for bias, value in kept:
+        bias.copy_(value)
 
 
 def _skip_exchange_with_oneself(bucket_group: Any) -> None:

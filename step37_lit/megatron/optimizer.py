@@ -4,11 +4,15 @@ megatron-core falls back to torch's AdamW where neither Apex nor Transformer Eng
 `state_dict` then has three faults: it refuses an optimizer that has not stepped, it forgets `step`, and after loading
 all parameters share one `step` tensor. Here the state of the inner torch optimizers is saved and loaded itself, so
 none of that code runs.
+
+Freezing: a part of the model (`part_of`) that needs no gradient keeps its place in megatron's buffers and groups, so
+that state and layouts stay as they are. Its gradients there are zeros; torch's AdamW is shown none at all and skips its
+shards: no decay, no moments. The moments are dropped, so that a part that trains again starts with fresh ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -22,6 +26,8 @@ from torch import Tensor
 from step37_lit.config import ConfigError, Step37Config, require
 from step37_lit.hub.names import name_table
 from step37_lit.megatron import cuda_names
+from step37_lit.megatron.initialize import global_name
+from step37_lit.model.step37_model import Step37Model
 
 
 @dataclass(frozen=True)
@@ -57,9 +63,24 @@ class ForwardingOptimizer(torch.optim.Optimizer):
     `param_groups` are megatron's own dictionaries, so a torch scheduler that writes `lr` reaches megatron, and
     `LearningRateMonitor` reads what is used. Gradients are zeroed where they are made (the schedule), so `zero_grad`
     does nothing: Lightning calls it between forward and backward, which megatron has already run both.
+
+    Args:
+        ddp: megatron's DDP around a `Step37Model`.
+        settings: Learning rates, weight decay, betas.
+        clip_grad: Norm over all ranks that gradients are clipped to; 0 does not clip.
+        dtype: Of the model's parameters.
+        part_of: Part of the model that each parameter is in, by its name in the whole model; parts are frozen and
+            trained as one by `train_parts`. None is one part that always trains.
     """
 
-    def __init__(self, ddp: DistributedDataParallel, settings: AdamWSettings, clip_grad: float, dtype: torch.dtype):
+    def __init__(
+        self,
+        ddp: DistributedDataParallel,
+        settings: AdamWSettings,
+        clip_grad: float,
+        dtype: torch.dtype,
+        part_of: Mapping[str, str] | None = None,
+    ):
         config = OptimizerConfig(
             optimizer="adam",
             lr=settings.lr,
@@ -74,14 +95,20 @@ class ForwardingOptimizer(torch.optim.Optimizer):
             clip_grad=clip_grad,
         )
         with cuda_names.cpu_for_cuda():
-            self.megatron = get_megatron_optimizer(config, [ddp], _overrides(settings))
+            self.megatron = get_megatron_optimizer(config, [ddp], _overrides(settings, ddp.module, part_of or {}))
         self.grad_norm: float | None = None
+        self._ddp, self._part_of = ddp, part_of
+        self._training: frozenset[str] | None = None  # parts; None before the first `train_parts`
         super().__init__([{"params": []}], {})
         self._share_groups()
         for group in self.param_groups:
+            if part_of is not None:
+                group["name"] = _group_name(group, settings)
             group["lr"] = group["max_lr"]
             group["weight_decay"] = settings.weight_decay * group["wd_mult"]
             group["fused"] = True  # one kernel for a group, where megatron's choice is a loop over parameters
+        for optimizer in self.inner:
+            optimizer.register_step_pre_hook(self._hide_frozen)
 
     @property
     def inner(self) -> list[torch.optim.Optimizer]:
@@ -98,6 +125,43 @@ class ForwardingOptimizer(torch.optim.Optimizer):
         with cuda_names.cpu_for_cuda():
             _, self.grad_norm, _ = self.megatron.step()
         return loss
+
+    def train_parts(self, factors: Mapping[str, float], rates: Sequence[float]) -> None:
+        """Sets what trains from the next step on, and how fast.
+
+        Args:
+            factors: Factor of every part on its learning rate; 0 freezes it. A part that was frozen begins with
+                fresh moments.
+            rates: The scheduler's learning rate of each group in `param_groups`, before these factors.
+        """
+        training = frozenset(part for part, factor in factors.items() if factor > 0)
+        if training != self._training:
+            self._set_training(training)
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = rate * factors[group["part"]]
+
+    def _set_training(self, training: frozenset[str]) -> None:
+        assert self._part_of is not None, "train_parts of an optimizer that was built without part_of"
+        # megatron's overlapped reduction waits for the gradient of every parameter of a bucket.
+        assert not self._ddp.ddp_config.overlap_grad_reduce, "freezing with overlap_grad_reduce"
+        self._training = training
+        for name, parameter in self._ddp.module.named_parameters():
+            part = self._part_of.get(global_name(self._ddp.module, name))
+            parameter.requires_grad_(part in training)
+        for optimizer in self.inner:
+            # Apex and Transformer Engine count steps by group: a part's moments could not begin anew.
+            assert isinstance(optimizer, torch.optim.AdamW), f"freezing with {type(optimizer).__name__}"
+            for group in optimizer.param_groups:
+                if group["part"] not in training:
+                    for shard in group["params"]:
+                        optimizer.state.pop(shard, None)
+
+    def _hide_frozen(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Before a step of torch's AdamW: megatron gave frozen shards their part of a gradient buffer of zeros."""
+        for group in optimizer.param_groups:
+            if self._training is not None and group["part"] not in self._training:
+                for shard in group["params"]:
+                    shard.grad = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing; see the class."""
@@ -120,9 +184,10 @@ class ForwardingOptimizer(torch.optim.Optimizer):
             ConfigError: the state belongs to other parameters.
         """
         for optimizer, state in zip(self.inner, state_dict["inner"], strict=True):
-            _check_shapes(optimizer, state)
+            _check_groups(optimizer, state)
             optimizer.load_state_dict(state)
         self._share_groups()
+        self._training = None  # the next `train_parts` is to see to the loaded state
         with torch.no_grad():
             for shards, saved in zip(self._main_params(), state_dict["main_params"], strict=True):
                 for shard, value in zip(shards, saved, strict=True):
@@ -143,10 +208,6 @@ class ForwardingOptimizer(torch.optim.Optimizer):
         self.param_groups = self.megatron.param_groups
 
 
-def _name(name: str) -> str:
-    return name.removeprefix("module.")
-
-
 def check_patterns(config: Step37Config, lr_factors: Mapping[str, float]) -> None:
     """Raises `ConfigError` for a pattern in `lr_factors` that no weight of the model matches."""
     names = [row.ours for row in name_table(config) if row.ours is not None]
@@ -155,24 +216,45 @@ def check_patterns(config: Step37Config, lr_factors: Mapping[str, float]) -> Non
             raise ConfigError(f"model.lr_factors[{pattern}]", "a pattern that matches a parameter's name", pattern)
 
 
-def _overrides(settings: AdamWSettings) -> dict[ParamKey, dict[str, float]]:
-    """megatron's description of the groups: no decay on one-dimensional parameters, a learning rate by name."""
+def _overrides(
+    settings: AdamWSettings, model: Step37Model, part_of: Mapping[str, str]
+) -> dict[ParamKey, dict[str, float | str]]:
+    """megatron's description of the groups: no decay on one-dimensional parameters, a learning rate by name, parts."""
     no_decay = ParamWithNamePredicate(name="no_decay", fn=lambda param, name: param.dim() <= 1)
-    overrides: dict[ParamKey, dict[str, float]] = {ParamKey(with_name_predicate=no_decay): {"wd_mult": 0.0}}
+    overrides: dict[ParamKey, dict[str, float | str]] = {ParamKey(with_name_predicate=no_decay): {"wd_mult": 0.0}}
     patterns = list(settings.lr_factors)
 
+    def whole_name(name: str) -> str:
+        return global_name(model, name.removeprefix("module."))
+
     def first_match(name: str) -> str | None:
-        return next((pattern for pattern in patterns if fnmatchcase(_name(name), pattern)), None)
+        return next((pattern for pattern in patterns if fnmatchcase(whole_name(name), pattern)), None)
 
     for pattern, factor in settings.lr_factors.items():
         predicate = ParamWithNamePredicate(
             name=f"lr of {pattern}", fn=lambda param, name, pattern=pattern: first_match(name) == pattern
         )
         overrides[ParamKey(with_name_predicate=predicate)] = {"max_lr": settings.lr * factor}
+    for part in dict.fromkeys(part_of.values()):
+        predicate = ParamWithNamePredicate(
+            name=f"part {part}", fn=lambda param, name, part=part: part_of.get(whole_name(name)) == part
+        )
+        overrides[ParamKey(with_name_predicate=predicate)] = {"part": part}
     return overrides
 
 
-def _check_shapes(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def _group_name(group: dict[str, Any], settings: AdamWSettings) -> str:
+    """What a learning-rate monitor calls a group of a part."""
+    factor = group["max_lr"] / settings.lr
+    kinds = [group["part"], "" if factor == 1.0 else f"x{factor:g}", "" if group["wd_mult"] else "no_decay"]
+    return "/".join(kind for kind in (*kinds, "experts" if group["is_expert_parallel"] else "") if kind)
+
+
+def _check_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    parts, saved = (
+        [group.get("part") for group in groups] for groups in (optimizer.param_groups, state["param_groups"])
+    )
+    require(parts == saved, "checkpoint: groups of a freezing schedule", parts, saved)
     own = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]]
     indices = [i for group in state["param_groups"] for i in group["params"]]
     require(len(indices) == len(own), "checkpoint: optimizer parameters", len(own), len(indices))

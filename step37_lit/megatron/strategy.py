@@ -37,6 +37,7 @@ from torch.optim import Optimizer
 from step37_lit.batch import PackedBatch
 from step37_lit.config import ConfigError, Step37Config, require
 from step37_lit.megatron import data_parallel, pack_exchange, process, random_state, schedule
+from step37_lit.megatron.initialize import global_name
 from step37_lit.megatron.layout import ParallelLayout
 from step37_lit.megatron.lightning_plugins import MegatronPrecision, StagedCheckpointIO
 from step37_lit.megatron.optimizer import AdamWSettings, ForwardingOptimizer
@@ -47,7 +48,7 @@ REFUSED_CALLBACKS: dict[type[pl.Callback], str] = {
     LearningRateFinder: "none that looks for a learning rate (set model.lr)",
     GradientAccumulationScheduler: "none that accumulates (set the data module's microbatches)",
     StochasticWeightAveraging: "none that averages weights (the optimizer holds only a shard of them)",
-    BackboneFinetuning: "none that unfreezes while training (set model.freeze_vision_model and start again)",
+    BackboneFinetuning: "callbacks.freeze_schedule.FreezeSchedule (it freezes megatron's optimizer too, and resumes)",
 }
 
 
@@ -94,6 +95,9 @@ class MegatronStrategy(DDPStrategy):
         self.seed, self.cpu_threads = seed, cpu_threads
         # Set by a signal handler on any rank: all ranks learn of it with the next step and end together.
         self.stop_requested = False
+        # Set by a freezing schedule before `setup`: the part of the model that a parameter freezes and trains with, by
+        # its name in the whole model. Parameters without one never train.
+        self.part_of: Mapping[str, str] | None = None
         self.ddp: DistributedDataParallel | None = None
         self._clip_grad = 0.0
         super().__init__(
@@ -178,7 +182,7 @@ class MegatronStrategy(DDPStrategy):
     def build_optimizer(self, settings: AdamWSettings) -> ForwardingOptimizer:
         """megatron's distributed optimizer for the model, to be returned by `configure_optimizers`."""
         assert self.ddp is not None, "build_optimizer outside of fit"
-        return ForwardingOptimizer(self.ddp, settings, self._clip_grad, self.dtype)
+        return ForwardingOptimizer(self.ddp, settings, self._clip_grad, self.dtype, self.part_of)
 
     # ---- hooks of Lightning ----
 
@@ -241,7 +245,11 @@ class MegatronStrategy(DDPStrategy):
         self.model_to_device()
         if trainer.state.fn == TrainerFn.FITTING:
             self._clip_grad = float(trainer.gradient_clip_val or 0.0)
-            self.ddp = data_parallel.wrap(self.lightning_module.model)
+            model = self.lightning_module.model
+            if self.part_of is not None:
+                for name, parameter in model.named_parameters():
+                    parameter.requires_grad_(global_name(model, name) in self.part_of)
+            self.ddp = data_parallel.wrap(model)
             self.setup_optimizers(trainer)
             for optimizer in self.optimizers:
                 if not isinstance(optimizer, ForwardingOptimizer):
