@@ -73,6 +73,12 @@ class CaptionMetrics(pl.Callback):
         self._frequencies: DocumentFrequencies | None = None
         self._split = _Split()
 
+    @property
+    def validation_metrics(self) -> list[str]:
+        """What a validation logs for the first loader; others have their suffix behind it."""
+        names = ("cider_d", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "caption_words")
+        return [f"val/{name}" for name in (*names, "generated_attribute_accuracy")]
+
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._split = _Split()
 
