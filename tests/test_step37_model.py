@@ -77,7 +77,7 @@ def test_borders_that_do_not_fit(model: Step37Model, cu_seqlens: list[int], mess
 
 def test_arguments_that_compute_nothing_are_refused(model: Step37Model) -> None:
     row = torch.arange(16, 24)[None]
-    for name in ("attention_mask", "inference_context", "pixel_values"):
+    for name in ("attention_mask", "inference_params", "pixel_values"):
         with pytest.raises(ValueError, match=f"{name}: expected None"):
             model(row, **{name: torch.zeros(1)})
     with pytest.raises(ValueError, match=r"input_ids: expected \[1, T\], found \[2, 8\]"):
