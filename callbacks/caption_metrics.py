@@ -13,6 +13,7 @@ import torch
 
 from step37_lit.batch import PackedBatch, Sample
 from step37_lit.config import require
+from step37_lit.evaluation import swap_images
 from step37_lit.generation import Completion, Generator
 from step37_lit.metrics import CIDErD, CocoBLEU, CocoROUGEL, DocumentFrequencies
 from step37_lit.sampling import GenerationSettings
@@ -96,7 +97,8 @@ class CaptionMetrics(pl.Callback):
         ranks = pl_module.strategy.data_parallel_size
         limit = None if self.max_samples is None else -(-self.max_samples // ranks)
         tokenizer = trainer.datamodule.processor.tokenizer
-        for pack in batch:
+        packs = [swap_images(pack) for pack in batch] if pl_module.swap_images else batch
+        for pack in packs:
             for sample in pack.to("cpu").samples():
                 if bool(sample.loss_mask.any()):
                     self._split.add(sample, tokenizer, limit)
