@@ -2,7 +2,7 @@
 
     python benchmarks/packing.py [--samples 20000] [--captions captions.txt]
 
-Not a comparison: the two figures that the data plane promises, at most 1.002 of the bound and 200,000 samples/s or more.
+Not a comparison: what the data plane promises is at most 1.002 of the bound and at least 200,000 samples/s.
 CAPTIONS is Flickr8k's file; without it that row is left out.
 """
 

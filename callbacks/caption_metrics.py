@@ -16,6 +16,7 @@ from step37_lit.config import require
 from step37_lit.evaluation import swap_images
 from step37_lit.generation import Completion, Generator
 from step37_lit.metrics import CIDErD, CocoBLEU, CocoROUGEL, DocumentFrequencies
+from step37_lit.report.pictures import save_picture
 from step37_lit.sampling import GenerationSettings
 
 FOLDER = "captions"
@@ -80,6 +81,13 @@ class CaptionMetrics(pl.Callback):
         names = ("cider_d", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "caption_words")
         return [f"val/{name}" for name in (*names, "generated_attribute_accuracy")]
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A run in a used folder, or one that goes on from an earlier step, makes later captions anew."""
+        if trainer.is_global_zero:
+            for file in (Path(trainer.default_root_dir) / FOLDER).glob("step_*.jsonl"):
+                if int(file.stem.split("_")[1]) > trainer.global_step:
+                    file.unlink()
+
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._split = _Split()
 
@@ -118,6 +126,8 @@ class CaptionMetrics(pl.Callback):
         if not owners:
             return  # an empty split
         own = [p for key, p in self._split.prompts.items() if owners[key] == strategy.data_parallel_rank]
+        if strategy.reads_data:
+            save_pictures(Path(trainer.default_root_dir), own, pl_module.config.tokens.im_start)
         generator = Generator(pl_module.model, trainer.datamodule.processor.tokenizer, self.batch_size)
         completions = {each[0].key: each[0] for each in generator.generate(own, self.settings)}
         captions: dict[str, Completion] = {}
@@ -163,6 +173,14 @@ class CaptionMetrics(pl.Callback):
             ]
             file = Path(trainer.default_root_dir) / FOLDER / f"step_{trainer.global_step:06d}{suffix}.jsonl"
             write_captions(file, rows)
+
+
+def save_pictures(folder: Path, prompts: list[Sample], im_start: int) -> None:
+    """What the model sees of each picture, once, for the report's gallery."""
+    for prompt in prompts:
+        views = [view for entry in prompt.images if entry.insert_start_token == im_start for view in entry.images]
+        for number, view in enumerate(views):
+            save_picture(folder, prompt.key, view.permute(1, 2, 0).numpy(), number)
 
 
 def attribute_accuracy(datamodule: Any, captions: dict[str, Completion]) -> float | None:

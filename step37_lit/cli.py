@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from step37_lit.commands import INTERRUPTED, USER_ERROR
 from step37_lit.config import ConfigError
 from step37_lit.lit_module import Step37LitModule
+from step37_lit.report import write_report
 from step37_lit.run_log import ContinuingCSVLogger
 
 LIGHTNING_LOGGERS = ("lightning.pytorch", "lightning.fabric")
@@ -147,6 +148,16 @@ class Step37CLI(LightningCLI):
     def after_fit(self) -> None:
         if self.trainer.is_global_zero:
             print(summary(self.trainer))
+            self._write_report(Path(self.trainer.default_root_dir))
+
+    def _write_report(self, folder: Path) -> None:
+        """A page that cannot be written does not fail a run that is done."""
+        if not (folder / "metrics.csv").is_file():
+            return  # the recipe has loggers of its own
+        try:
+            print(f"report      {write_report(folder, ended=not self.interrupted)}")
+        except ConfigError as error:
+            print(f"report      none: {error}")
 
     @property
     def interrupted(self) -> bool:

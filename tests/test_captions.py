@@ -76,7 +76,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 def test_captions_are_kept_and_scored(run: Path) -> None:
     with (run / "metrics.csv").open(newline="") as file:
         logged = [row for row in csv.DictReader(file) if row["val/cider_d"]]
-    files = sorted((run / "captions").iterdir())
+    files = sorted((run / "captions").glob("*.jsonl"))
     assert [file.name for file in files] == ["step_000003.jsonl", "step_000006.jsonl"]
     assert len(logged) == 2
     for row, file in zip(logged, files, strict=True):
@@ -204,11 +204,14 @@ def test_scenes_are_scored_by_all_their_paraphrases(tmp_path: Path) -> None:
 
 def test_a_sanity_check_generates_nothing(tmp_path: Path) -> None:
     data = ScenesDataModule(num_steps=6, val_samples=8, samples_per_pack=4, microbatches=1)
+    (tmp_path / "captions").mkdir()
+    for stale in ("step_000003.jsonl", "step_000900.jsonl"):
+        (tmp_path / "captions" / stale).write_text("of an earlier run")
     train(tmp_path, data, CaptionMetrics(max_new_tokens=4), num_sanity_val_steps=1)
-    assert [file.name for file in sorted((tmp_path / "captions").iterdir())] == [
-        "step_000003.jsonl",
-        "step_000006.jsonl",
-    ]
+    files = sorted((tmp_path / "captions").glob("*.jsonl"))
+    assert [file.name for file in files] == ["step_000003.jsonl", "step_000006.jsonl"]
+    assert all(read_jsonl(file) for file in files)
+    assert len(list((tmp_path / "captions").rglob("*.jpg"))) == 8  # each picture once
 
 
 def test_attributes_of_free_captions() -> None:

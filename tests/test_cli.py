@@ -53,10 +53,11 @@ def test_fit_then_resume_then_validate(tmp_path: Path) -> None:
     where = f"--trainer.default_root_dir={run}"
     done = command("fit", f"--config={RECIPE}", *SHORT, where, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.strip().splitlines()[-3:]
+    lines = done.stdout.strip().splitlines()[-4:]
     assert lines[0].startswith("reached     step 4: train/loss")
     assert lines[1] == f"checkpoint  {run}/checkpoints/last.ckpt"
     assert str(run) in lines[2]
+    assert lines[3] == f"report      {run}/report.html" and (run / "report.html").is_file()
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]  # nothing beside the run's folder
     assert [path.relative_to(run) for path in run.rglob("metrics.csv")] == [Path("metrics.csv")]
