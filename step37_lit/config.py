@@ -172,6 +172,9 @@ class TextConfig:
         ffn_hidden_size: Inner width of the SwiGLU of dense layers.
         num_layers: Decoder layers, without MTP.
         num_mtp_layers: Multi-token-prediction layers behind them.
+        mtp: Build the MTP layers and train them; without, their weights are left out.
+        mtp_loss_weight: Weight of the mean of the MTP layers' losses beside the main loss (DeepSeek-V3's lambda,
+            arXiv:2412.19437).
         layer_types: `full_attention` or `sliding_attention` for each layer.
         num_heads: Query heads of full-attention layers.
         num_sliding_heads: Query heads of sliding-attention layers.
@@ -200,6 +203,8 @@ class TextConfig:
     ffn_hidden_size: int = 11264
     num_layers: int = 45
     num_mtp_layers: int = 3
+    mtp: bool = False
+    mtp_loss_weight: float = 0.1
     layer_types: tuple[AttentionKind, ...] = field(default_factory=_published_layer_types)
     num_heads: int = 64
     num_sliding_heads: int = 96
@@ -226,6 +231,11 @@ class TextConfig:
         """Decoder layers and MTP layers."""
         return self.num_layers + self.num_mtp_layers
 
+    @property
+    def num_built_mtp_layers(self) -> int:
+        """MTP layers of the model: all or none."""
+        return self.num_mtp_layers if self.mtp else 0
+
     def heads_of(self, layer: int) -> int:
         """Query heads of a layer (0-based)."""
         return self.num_heads if self.layer_types[layer] == "full_attention" else self.num_sliding_heads
@@ -251,6 +261,8 @@ class TextConfig:
         ):  # fmt: skip
             require(getattr(self, name) > 0, f"text.{name}", "a positive number", getattr(self, name))
         require(self.num_mtp_layers >= 0, "text.num_mtp_layers", "0 or more", self.num_mtp_layers)
+        require(not self.mtp or self.num_mtp_layers > 0, "text.mtp", "false (num_mtp_layers is 0)", self.mtp)
+        require(self.mtp_loss_weight >= 0, "text.mtp_loss_weight", "0 or more", self.mtp_loss_weight)
         require(self.norm_eps > 0, "text.norm_eps", "a positive number", self.norm_eps)
 
     def _check_layers(self) -> None:

@@ -32,7 +32,8 @@ class Step37LitModule(pl.LightningModule):
     Logged at every optimizer step: `train/loss` (per token of the global batch), `train/grad_norm` (before clipping),
     `train/tokens_per_second`, `train/images_per_second`, `train/mfu` (share of the process's own GEMM peak),
     `train/padding` (share of positions that are padding), `train/data_wait` (share of the time spent waiting for a
-    loader that counts it, as this project's do). Logged by an evaluation: `val/loss` (per token of the whole
+    loader that counts it, as this project's do), and with `text.mtp` `train/mtp_loss_1`, ... (of each MTP layer, per
+    token that it learns; not in `train/loss`). Logged by an evaluation: `val/loss` (per token of the whole
     split) and, where the data names attribute words, `val/attribute_accuracy` and one value for each kind.
 
     Args:
@@ -127,7 +128,7 @@ class Step37LitModule(pl.LightningModule):
 
             ranks = layout.model_parallel_size * layout.expert
             require(ranks == 1, "model.hub", "a model that is not split (weights are loaded whole)", f"{ranks} ranks")
-            self.model = load_hub_model(self.hub, dtype)
+            self.model = load_hub_model(self.hub, dtype, self.config)
         self.model.freeze(*self.frozen)
 
     def configure_optimizers(self) -> Any:
@@ -195,6 +196,8 @@ class Step37LitModule(pl.LightningModule):
                 f"{self.strategy.data_parallel_rank}, samples {keys}; the optimizer has not stepped"
             )
         self.log("train/loss", loss.float(), on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
+        for layer, mtp_loss in enumerate(self._result.mtp_losses, start=1):
+            self.log(f"train/mtp_loss_{layer}", mtp_loss.float(), on_step=True, on_epoch=False, batch_size=1)
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: list[PackedBatch], batch_idx: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable
@@ -110,6 +111,23 @@ def test_mtp_tensors_are_accounted_for(hub, one_rank: None, caplog: pytest.LogCa
     count = sum(name.startswith(("model.layers.2.", "model.layers.3.")) for name in tensors)
     assert caplog.messages == [f"{folder}: {count} tensors of 2 MTP layers are not loaded"]
     assert count == 2 * (5 + 12)
+
+
+def test_mtp_tensors_are_loaded_where_the_config_builds_them(
+    hub, one_rank: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, tensors = hub(mtp=2)
+    config = read_hub_config(folder)
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, mtp=True))
+    with caplog.at_level(logging.WARNING):
+        model = load_hub_model(folder, config=config)
+    assert_loaded(model, tensors)
+    assert torch.equal(model.mtp.layers[1].eh_proj.weight, tensors["model.layers.3.eh_proj.weight"])
+    assert not caplog.messages
+    (folder / SINGLE_FILE).unlink()
+    save_file({name: t for name, t in tensors.items() if ".layers.3." not in name}, folder / SINGLE_FILE)
+    with pytest.raises(ConfigError, match=r"17 missing \(model\.layers\.3\.eh_proj\.weight"):
+        load_hub_model(folder, config=config)
 
 
 def test_checkpoint_without_its_mtp_layers(hub, one_rank: None, caplog: pytest.LogCaptureFixture) -> None:

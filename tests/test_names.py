@@ -26,10 +26,12 @@ def test_published_totals() -> None:
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("preset", ["flash", "tiny", "tiny_moe"])
-def test_the_model_has_the_tables_weights(preset: str, one_rank: None) -> None:
+@pytest.mark.parametrize(
+    ("preset", "changed"), [("flash", {}), ("flash", {"mtp": True}), ("tiny", {}), ("tiny_moe", {})]
+)
+def test_the_model_has_the_tables_weights(preset: str, changed: dict, one_rank: None) -> None:
     """On the meta device: names, shapes and dtypes in both directions."""
-    config = Step37Config.preset(preset)
+    config = Step37Config.preset(preset, **changed)
     model = build_model(config, dtype=torch.bfloat16, device="meta")
     rows = {row.ours: row for row in name_table(config) if row.ours is not None}
     weights = loadable_weights(model)
@@ -49,7 +51,23 @@ def test_the_full_model_on_the_meta_device(one_rank: None) -> None:
     mtp = sum(tensor.numel for row in text_rows(config) if row.ours is None for tensor in row.hub)
     biases = config.text.num_experts * len(config.text.moe_layers)  # fp32 buffers, 2 bytes more each
     parameters = sum(p.numel() for p in model.parameters()) - vision
+    assert mtp > 0
     assert 2 * (parameters + mtp) + 4 * biases == 398_768_626_944
+    whole = build_model(Step37Config.preset("flash", mtp=True), device="meta")
+    assert sum(p.numel() for p in whole.parameters()) == parameters + mtp + vision
+    assert sum(p.numel() for p in whole.mtp.parameters()) == mtp
+
+
+def test_mtp_rows_have_names_where_the_model_builds_them() -> None:
+    without, built = (text_rows(Step37Config.preset("flash", mtp=mtp)) for mtp in (False, True))
+    assert [row.hub for row in built] == [row.hub for row in without]
+    names = {row.hub[0].name: row.ours for row in built}
+    assert None not in names.values()
+    assert names["model.layers.45.eh_proj.weight"] == "mtp.layers.0.eh_proj.weight"
+    assert names["model.layers.47.transformer.shared_head.output.weight"] == "mtp.layers.2.output_layer.weight"
+    own = {name: ours for name, ours in names.items() if ours.startswith("mtp.")}
+    assert set(own) == {row.hub[0].name for row in without if row.ours is None}
+    assert all(row.ours == names[row.hub[0].name] for row in without if row.ours is not None)
 
 
 def test_projector_bias_is_in_the_table(one_rank: None) -> None:

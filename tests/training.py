@@ -21,6 +21,14 @@ TEXT = {
     "sliding_window": 8,
     "num_sliding_heads": 6,
 }
+# The same with two MTP layers behind its two.
+MTP_TEXT = TEXT | {
+    "num_mtp_layers": 2,
+    "mtp": True,
+    "layer_types": ["full_attention", *["sliding_attention"] * 3],
+    "swiglu_limits": [None] * 4,
+    "swiglu_limits_shared": [None] * 4,
+}
 VISION = {"width": 32, "num_layers": 1, "num_heads": 2, "ffn_hidden_size": 64, "image_size": 56}
 
 

@@ -25,7 +25,7 @@ class LoadPlan:
 
     Args:
         rows: Rows of the name table that are loaded, by the name of our weight.
-        not_loaded: Tensors of MTP layers, which the model does not build; empty where the checkpoint has none.
+        not_loaded: Tensors of MTP layers that the config does not build; empty where the checkpoint has none.
     """
 
     rows: dict[str, Row]
@@ -35,8 +35,8 @@ class LoadPlan:
 def plan_load(config: Step37Config, names: set[str], folder: str | Path) -> LoadPlan:
     """Accounts for every tensor of a checkpoint.
 
-    MTP layers are all there or all absent (`transformers` does not save them); the model does not build them, so
-    they are named in `not_loaded`.
+    MTP layers are all there or all absent (`transformers` does not save them). Where the config builds them
+    (`text.mtp`) they must be there; where it does not they are named in `not_loaded`.
 
     Raises:
         ConfigError: tensors are missing or unexpected; gives their numbers and the first names.
@@ -60,21 +60,24 @@ def _first(names: list[str], count: int = 3) -> str:
     return f" ({', '.join(names[:count])}{', ...' if len(names) > count else ''})"
 
 
-def load_hub_model(path: str | Path, dtype: torch.dtype = torch.float32) -> Step37Model:
+def load_hub_model(
+    path: str | Path, dtype: torch.dtype = torch.float32, config: Step37Config | None = None
+) -> Step37Model:
     """Builds the model of a hub folder on this process (one rank) and loads its weights.
 
-    Every tensor of the checkpoint is used exactly once, but for those of MTP layers: the model has none, and a
-    warning says how many tensors that leaves out.
+    Every tensor of the checkpoint is used exactly once, but for those of MTP layers where the config does not build
+    them (`text.mtp`): a warning says how many tensors that leaves out.
 
     Args:
         path: Folder with `config.json` and safetensors, one file or shards with an index.
         dtype: Of the parameters; the router's bias is always fp32.
+        config: The model, where it is not quite the folder's; None reads it there.
 
     Raises:
         ConfigError: config and tensors do not fit: unknown fields, missing or unexpected tensors, wrong shapes.
         FileNotFoundError: a file is missing.
     """
-    config = Step37Config.from_hub(path)
+    config = Step37Config.from_hub(path) if config is None else config
     with SafetensorsFolder(path) as folder:
         plan = plan_load(config, folder.names(), path)
         for row in plan.rows.values():
@@ -100,7 +103,7 @@ def _say_what_mtp_becomes(config: Step37Config, plan: LoadPlan, path: str | Path
     layers = config.text.num_mtp_layers
     if plan.not_loaded:
         logger.warning("%s: %d tensors of %d MTP layers are not loaded", path, len(plan.not_loaded), layers)
-    elif layers:
+    elif layers and not config.text.mtp:
         logger.warning("%s: the config has %d MTP layers, the checkpoint none of their tensors", path, layers)
 
 

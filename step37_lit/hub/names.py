@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -49,7 +49,7 @@ class Row:
 
     Args:
         hub: The hub's tensors that make it up, in the order of `conversion`.
-        ours: Its name in `Step37Model`; None for MTP layers, which the model does not build.
+        ours: Its name in `Step37Model`; None for MTP layers that the config does not build.
         conversion: How `hub` becomes `ours` and back.
     """
 
@@ -69,17 +69,19 @@ def name_table(config: Step37Config) -> list[Row]:
 
 
 def text_rows(config: Step37Config) -> list[Row]:
-    """The decoder and its MTP layers (`ours` is None there)."""
+    """The decoder and its MTP layers (`ours` is None there without `text.mtp`)."""
     text = config.text
     rows = [
         _copy("model.embed_tokens.weight", "embedding.word_embeddings.weight", (text.vocab_size, text.hidden_size)),
         _copy("model.norm.weight", "decoder.final_layernorm.weight", (text.hidden_size,)),
         _copy("lm_head.weight", "output_layer.weight", (text.vocab_size, text.hidden_size)),
     ]
-    for layer in range(text.total_layers):
-        rows += _layer_rows(config, layer)
+    for layer in range(text.num_layers):
+        rows += _layer_rows(config, layer, f"decoder.layers.{layer}")
     for layer in range(text.num_layers, text.total_layers):
-        rows += _mtp_rows(config, layer)
+        ours = f"mtp.layers.{layer - text.num_layers}"
+        mtp = [*_layer_rows(config, layer, f"{ours}.transformer_layer"), *_mtp_rows(config, layer, ours)]
+        rows += mtp if text.mtp else [replace(row, ours=None) for row in mtp]
     return rows
 
 
@@ -97,10 +99,10 @@ def _copy(hub: str, ours: str | None, shape: Shape) -> Row:
     return Row((HubTensor(hub, shape),), ours)
 
 
-def _layer_rows(config: Step37Config, layer: int) -> list[Row]:
+def _layer_rows(config: Step37Config, layer: int, ours: str) -> list[Row]:
     """A decoder layer, or the decoder layer inside an MTP layer."""
     text = config.text
-    hub, ours = f"model.layers.{layer}", f"decoder.layers.{layer}"
+    hub = f"model.layers.{layer}"
     hidden, head_dim, heads = text.hidden_size, text.head_dim, text.heads_of(layer)
     kv = (text.num_kv_groups * head_dim, hidden)
     qkv = tuple(
@@ -121,9 +123,7 @@ def _layer_rows(config: Step37Config, layer: int) -> list[Row]:
         rows += _moe_rows(config, hub, ours)
     else:
         rows += _swiglu_rows(f"{hub}.mlp", f"{ours}.mlp", hidden, text.ffn_hidden_size)
-    if layer < text.num_layers:
-        return rows
-    return [Row(row.hub, None, row.conversion) for row in rows]
+    return rows
 
 
 def _swiglu_rows(hub: str, ours: str, hidden: int, inner: int) -> list[Row]:
@@ -147,17 +147,17 @@ def _moe_rows(config: Step37Config, hub: str, ours: str) -> list[Row]:
     ]
 
 
-def _mtp_rows(config: Step37Config, layer: int) -> list[Row]:
+def _mtp_rows(config: Step37Config, layer: int, ours: str) -> list[Row]:
     """What an MTP layer has beside its decoder layer."""
     text = config.text
-    shapes = (
-        ("enorm", (text.hidden_size,)),
-        ("hnorm", (text.hidden_size,)),
-        ("eh_proj", (text.hidden_size, 2 * text.hidden_size)),
-        ("transformer.shared_head.norm", (text.hidden_size,)),
-        ("transformer.shared_head.output", (text.vocab_size, text.hidden_size)),
+    copies = (
+        ("enorm", "enorm", (text.hidden_size,)),
+        ("hnorm", "hnorm", (text.hidden_size,)),
+        ("eh_proj", "eh_proj", (text.hidden_size, 2 * text.hidden_size)),
+        ("transformer.shared_head.norm", "final_layernorm", (text.hidden_size,)),
+        ("transformer.shared_head.output", "output_layer", (text.vocab_size, text.hidden_size)),
     )
-    return [_copy(f"model.layers.{layer}.{name}.weight", None, shape) for name, shape in shapes]
+    return [_copy(f"model.layers.{layer}.{h}.weight", f"{ours}.{o}.weight", shape) for h, o, shape in copies]
 
 
 def _vision_shapes(vision: VisionConfig) -> Iterator[tuple[str, Shape]]:

@@ -1,4 +1,4 @@
-"""Both ends of the decoder where tensor ranks share the work: scatter of the fused row, loss over a split vocabulary.
+"""Both ends of the decoder where tensor ranks share the work: the fused row, loss over a split vocabulary.
 
 T = tokens of the pack, H = hidden.
 """
@@ -18,6 +18,14 @@ def scatter_to_sequence_ranks(fused: Tensor, config: TransformerConfig) -> Tenso
     if not config.sequence_parallel:
         return fused
     return tensor_parallel.scatter_to_sequence_parallel_region(fused)
+
+
+def gather_from_sequence_ranks(hidden: Tensor, config: TransformerConfig) -> Tensor:
+    """The reverse of `scatter_to_sequence_ranks`, for what every rank computes with in the same way."""
+    if not config.sequence_parallel:
+        return hidden
+    # False: the gradient is whole and equal on every rank, so each keeps its rows of it.
+    return tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
 
 
 def loss_per_token(

@@ -18,6 +18,7 @@ from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor, nn
 
 from step37_lit.model.experts import GroupedExperts
+from step37_lit.model.mtp import EmbeddingHiddenProjection
 from step37_lit.model.step37_model import Step37Model
 
 
@@ -53,7 +54,8 @@ def initialize_weights(model: Step37Model, seed: int) -> None:
             else:
                 for weight_name, weight in module.named_parameters(recurse=False):
                     if weight.dim() >= 2:
-                        std = text.init_std if isinstance(module, TopKRouter) else 1 / math.sqrt(weight[0].numel())
+                        of_decoder = isinstance(module, TopKRouter | EmbeddingHiddenProjection)
+                        std = text.init_std if of_decoder else 1 / math.sqrt(weight[0].numel())
                         _draw(weight, f"{name}.{weight_name}", std, seed)
                 if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
                     module.bias.zero_()

@@ -1,7 +1,8 @@
 """One global step through megatron's forward-backward schedule, and the same schedule for evaluation.
 
 The loss of a step is the sum over learnt tokens divided by their number in the global batch, so it depends neither on
-the layout nor on how samples fell into packs.
+the layout nor on how samples fell into packs. Each MTP layer's loss is such a mean over the tokens that it learns,
+which are fewer; what is differentiated is the main loss + `mtp_loss_weight` x the mean of the MTP layers' losses.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from step37_lit.batch import PackedBatch
 from step37_lit.config import require
 from step37_lit.megatron import cuda_names
+from step37_lit.model.packing import following
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class StepResult:
     """What one global step was, the same numbers on every rank.
 
     Args:
-        loss: Sum over the learnt tokens of the global batch / their number, 0-dim float64.
+        loss: Sum over the learnt tokens of the global batch / their number, 0-dim float64; without MTP.
+        mtp_losses: The same of each MTP layer, [layers] float64; nan where no sample is long enough for it.
         learnt_tokens: Tokens with a loss.
         tokens: Tokens of the samples, without padding.
         row_tokens: Tokens of the packs, with padding.
@@ -37,6 +40,7 @@ class StepResult:
     """
 
     loss: Tensor
+    mtp_losses: Tensor
     learnt_tokens: int
     tokens: int
     row_tokens: int
@@ -90,20 +94,27 @@ def train_step(model: nn.Module, microbatches: Sequence[PackedBatch], stop: bool
         microbatches: This data-parallel rank's packs.
         stop: This rank asks to end training; the answer of all ranks travels with the counts, so all end together.
     """
-    sums = run_schedule(model, microbatches, _losses, _loss_sum, forward_only=False)
-    counts = torch.zeros(6, dtype=torch.float64, device=microbatches[0].input_ids.device)
+    config: Any = model.config
+    text = config.step37.text
+    layers = text.num_built_mtp_layers
+    weights = _loss_weights(microbatches, layers, text.mtp_loss_weight)
+    sums = run_schedule(model, microbatches, _losses, partial(_loss_sum, weights), forward_only=False)
+    counts = torch.zeros(4, dtype=torch.float64, device=microbatches[0].input_ids.device)
+    heads = torch.zeros(2, 1 + layers, dtype=torch.float64, device=counts.device)  # sums of the losses, tokens
     if sums and parallel_state.get_tensor_model_parallel_rank() == 0:  # others see the same packs: counted once
-        counts[0] = torch.stack([loss for loss, _ in sums]).double().sum()
-        counts[1] = torch.stack([tokens for _, tokens in sums]).sum()
-        counts[2] = sum(pack.num_tokens for pack in microbatches)
-        counts[3] = sum(pack.input_ids.numel() for pack in microbatches)
-        counts[4] = sum(pack.num_images for pack in microbatches)
-    counts[5] = float(stop)
+        heads = torch.stack([torch.stack(of_pack) for of_pack in sums]).double().sum(0)
+        counts[0] = sum(pack.num_tokens for pack in microbatches)
+        counts[1] = sum(pack.input_ids.numel() for pack in microbatches)
+        counts[2] = sum(pack.num_images for pack in microbatches)
+    counts[3] = float(stop)
     if dist.get_world_size() > 1:
+        counts = torch.cat((counts, heads.flatten()))
         dist.all_reduce(counts)
-    _, learnt, tokens, row_tokens, images, stops = counts.tolist()
+        heads = counts[4:].view_as(heads)
+    tokens, row_tokens, images, stops, learnt = (*counts[:4].tolist(), int(heads[1, 0]))
     require(learnt > 0, "loss_mask of the global batch", "at least one learnt token", 0)
-    return StepResult(counts[0] / counts[1], int(learnt), int(tokens), int(row_tokens), int(images), stops > 0)
+    means = heads[0] / heads[1]
+    return StepResult(means[0], means[1:], learnt, int(tokens), int(row_tokens), int(images), stops > 0)
 
 
 def evaluate_step(model: nn.Module, microbatches: Sequence[PackedBatch]) -> list[tuple[PackedBatch, Tensor, Tensor]]:
@@ -116,14 +127,38 @@ def evaluate_step(model: nn.Module, microbatches: Sequence[PackedBatch]) -> list
     return run_schedule(model, microbatches, _logits, _loss_and_argmax, forward_only=True)
 
 
+def _loss_weights(microbatches: Sequence[PackedBatch], layers: int, mtp_loss_weight: float) -> Tensor:
+    """[1 + layers] fp32: what the sum of each head's losses counts in the sum that is differentiated.
+
+    megatron divides that sum by the learnt tokens of the main head, so an MTP layer's is scaled to its own, which are
+    known from the masks before the forward pass.
+    """
+    weights = torch.ones(1 + layers, device=microbatches[0].input_ids.device)
+    if layers == 0:
+        return weights
+    tokens = torch.stack([_learnt(pack, layers).sum(1) for pack in microbatches]).double().sum(0)
+    dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group())
+    # A layer that learns nothing in this batch has no losses either: any finite weight will do.
+    weights[1:] = mtp_loss_weight / layers * tokens[0] / tokens[1:].clamp(min=1)
+    return weights
+
+
+def _learnt(pack: PackedBatch, layers: int) -> Tensor:
+    """[1 + layers, T], 1 where the main head and each MTP layer learn the token that they predict."""
+    masks = [pack.loss_mask[0]]
+    for _ in range(layers):
+        masks.append(following(masks[-1], pack.cu_seqlens))
+    return torch.stack(masks)
+
+
 def _losses(model: nn.Module, pack: PackedBatch) -> Tensor:
-    return model(**pack.model_inputs())
+    return model(**pack.model_inputs(), with_mtp=True)
 
 
-def _loss_sum(pack: PackedBatch, losses: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    total = (losses * pack.loss_mask).sum()
-    tokens = pack.loss_mask.sum().to(torch.int32)
-    return total, tokens, (total.detach(), tokens)
+def _loss_sum(weights: Tensor, pack: PackedBatch, losses: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    learnt = _learnt(pack, len(losses) - 1)
+    totals, tokens = (losses * learnt).sum(1), learnt.sum(1)
+    return (totals * weights).sum(), tokens[0].to(torch.int32), (totals.detach(), tokens)
 
 
 def _logits(model: nn.Module, pack: PackedBatch) -> Tensor:

@@ -52,6 +52,22 @@ def pack_borders(
     )
 
 
+def following(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Values of the following position of the same sub-sequence, zeros where there is none.
+
+    Args:
+        values: [T, ...].
+        cu_seqlens: [n + 1] borders, 0 to T.
+
+    Returns:
+        [T, ...]; k times over, the value k positions ahead.
+    """
+    is_last = torch.zeros(len(values) + 1, dtype=torch.bool, device=values.device)
+    is_last[cu_seqlens.long()] = True  # position t is its sub-sequence's last where t + 1 is a border
+    is_last = is_last[1:].view(-1, *[1] * (values.dim() - 1))
+    return torch.cat((values[1:], values[:1])).masked_fill(is_last, 0)
+
+
 def restarting_positions(cu_seqlens: Tensor, length: int) -> Tensor:
     """[1, T] int64: positions that restart at 0 at each border."""
     starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff().long())

@@ -10,7 +10,8 @@ T = tokens of the pack, H = hidden, V = vocabulary, P = features of an image.
       |    `- insert_features            fused            [T, 1, H]
       |- rotary_table                    positions restart in each sub-sequence
       |- decoder                         TransformerBlock [T, 1, H]
-      `- output_layer                    last stage       logits [1, T, V], or loss per token [1, T]
+      |- output_layer                    last stage       logits [1, T, V], or loss per token [1, T]
+      `- mtp                             last stage       the same of tokens further ahead, where asked for
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from torch import Tensor, nn
 
@@ -34,6 +36,7 @@ from step37_lit.megatron.head import loss_per_token, scatter_to_sequence_ranks
 from step37_lit.megatron.transformer_config import Step37TransformerConfig
 from step37_lit.model.image_insert import insert_features
 from step37_lit.model.kv_cache import KVCache
+from step37_lit.model.mtp import MTPBlock
 from step37_lit.model.packing import pack_borders, restarting_positions
 from step37_lit.model.rotary import rotary_table
 from step37_lit.model.vision_tower import VisionTower
@@ -52,7 +55,7 @@ class Step37Model(MegatronModule):
         add_encoder: Build the vision tower where `pre_process`.
         add_decoder: Build the text decoder.
         pg_collection: megatron's process groups; None takes the global ones.
-        mtp_block_spec: Specs of the MTP layers; not built yet, must be None.
+        mtp_block_spec: Specs of the MTP layers (`mtp_block_spec`), built where `post_process`; None builds none.
         vp_stage: Virtual pipeline stage of this chunk.
     """
 
@@ -67,12 +70,10 @@ class Step37Model(MegatronModule):
         add_encoder: bool = True,
         add_decoder: bool = True,
         pg_collection: ProcessGroupCollection | None = None,
-        mtp_block_spec: Any = None,
+        mtp_block_spec: MultiTokenPredictionBlockSubmodules | None = None,
         vp_stage: int | None = None,
     ):
         super().__init__(config=language_transformer_config)
-        if mtp_block_spec is not None:
-            raise ValueError("mtp_block_spec: expected None (MTP layers are not built yet), found a spec")
         config = language_transformer_config
         self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.step37 = config.step37
@@ -80,6 +81,7 @@ class Step37Model(MegatronModule):
         # What megatron's schedules and finalize_model_grads ask a model for:
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
+        self.has_mtp = mtp_block_spec is not None  # on every stage: the first ones hand on what the last one needs
         self.vision_model: VisionTower | None = None
         self.align_projector: nn.Linear | None = None
         if pre_process:
@@ -119,6 +121,8 @@ class Step37Model(MegatronModule):
                 gather_output=not parallel_output,
                 tp_group=self.pg_collection.tp,
             )
+            if mtp_block_spec is not None:  # megatron's schedules look for an attribute of this name
+                self.mtp = MTPBlock(config, mtp_block_spec, self.pg_collection, vp_stage)
 
     def forward(
         self,
@@ -135,6 +139,7 @@ class Step37Model(MegatronModule):
         extra_block_kwargs: dict[str, Any] | None = None,
         inference_context: KVCache | None = None,
         runtime_gather_output: bool | None = None,
+        with_mtp: bool = False,
         **kwargs: Any,
     ) -> Tensor:
         """One pack through the model.
@@ -156,10 +161,14 @@ class Step37Model(MegatronModule):
                 token to each row (`cu_seqlens` 0, 1, 2, ...). Logits are of each sub-sequence's last token only.
             extra_block_kwargs: Further arguments of the `TransformerBlock`.
             runtime_gather_output: Gather the logits over the tensor ranks, whatever `parallel_output` says.
+            with_mtp: Also what the MTP layers give, layer by layer behind the main head's; nothing where there are
+                none. Layer k (0-based) predicts token t + k + 2 at position t, and has a loss where that token is of
+                the same sub-sequence and `loss_mask` has it learnt.
 
         Returns:
             On the last stage the loss [1, T] in fp32 where `labels` are given, else logits [1, T, V (/ tensor
-            ranks)] ([1, n, V] with an `inference_context`); on other stages the hidden states [T, 1, H] for the next.
+            ranks)] ([1, n, V] with an `inference_context`), with the MTP layers' [1 + layers, ...]; on other stages
+            the hidden states [T, 1, H] for the next ([2T, 1, H] with the embeddings, where the MTP layers need them).
 
         Raises:
             ValueError: shapes or borders that do not fit; `ImageInsertError` where images and text do not.
@@ -168,6 +177,11 @@ class Step37Model(MegatronModule):
         for name, value in refused.items():
             if value is not None:
                 raise ValueError(f"{name}: expected None, found {type(value).__name__}")
+        with_mtp = with_mtp and self.has_mtp
+        if with_mtp and inference_context is not None:
+            raise ValueError(
+                "with_mtp: expected False with an inference_context (MTP layers have no cache), found True"
+            )
         packed = pack_borders(input_ids, cu_seqlens, max_seq_len, packed_seq_params)
         if inference_context is not None:
             inference_context.begin(packed)
@@ -176,14 +190,20 @@ class Step37Model(MegatronModule):
             if inference_context is not None:
                 position_ids = position_ids + inference_context.offsets(packed)
 
+        table = rotary_table(self.step37.text, position_ids)
         hidden: Any = None  # later stages take theirs from set_input_tensor
+        embeddings: Any = None
         if self.pre_process:
             hidden = scatter_to_sequence_ranks(self.forward_head(input_ids, images, position_ids), self.config)
+            embeddings = hidden
+        elif with_mtp and self.decoder is not None:
+            received, embeddings = self.decoder.input_tensor.chunk(2)
+            self.decoder.set_input_tensor(received)
         if self.decoder is not None:
             hidden = self.decoder(
                 hidden_states=hidden,
                 attention_mask=None,
-                rotary_pos_emb=rotary_table(self.step37.text, position_ids),
+                rotary_pos_emb=table,
                 packed_seq_params=packed,
                 inference_context=inference_context,
                 **(extra_block_kwargs or {}),
@@ -191,12 +211,17 @@ class Step37Model(MegatronModule):
         if inference_context is not None:
             inference_context.end(packed)
         if not self.post_process:
-            return hidden
+            return torch.cat((hidden, embeddings)) if with_mtp else hidden
         if inference_context is not None:
             hidden = hidden.index_select(0, packed.cu_seqlens_q[1:].long() - 1)
+        ahead = self.mtp(embeddings, hidden, table, packed) if with_mtp else []
         if labels is not None:
-            return loss_per_token(self.output_layer, hidden, labels, loss_mask)
-        logits, _ = self.output_layer(hidden, runtime_gather_output=runtime_gather_output)
+            losses = loss_per_token(self.output_layer, hidden, labels, loss_mask)
+            return torch.cat((losses, *self.mtp.losses(ahead, labels, loss_mask, packed))) if with_mtp else losses
+        gather = self.output_layer.gather_output if runtime_gather_output is None else runtime_gather_output
+        logits, _ = self.output_layer(hidden, runtime_gather_output=gather)
+        if with_mtp:
+            logits = torch.cat((logits, *self.mtp.logits(ahead, gather)), dim=1)
         return logits.transpose(0, 1).contiguous()
 
     def forward_head(
@@ -247,7 +272,7 @@ class Step37Model(MegatronModule):
         """Takes parts out of training (any combination); parts that are not named are left as they are."""
         parts: list[nn.Module | None] = []
         if freeze_language_model:
-            parts += [self._modules.get(name) for name in ("embedding", "decoder", "output_layer")]
+            parts += [self._modules.get(name) for name in ("embedding", "decoder", "output_layer", "mtp")]
         if freeze_vision_model:
             parts.append(self.vision_model)
         if freeze_vision_projection:

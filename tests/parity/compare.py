@@ -105,14 +105,14 @@ def differences(expected: Reference, model: torch.nn.Module, whole: bool = True)
     flips = sum(int((a.argmax(-1) != b.argmax(-1)).sum()) for a, b in zip(logits, expected.logits, strict=True))
     angles, norms = {}, {}
     for name, gradient in gradients.items():
-        angles[name], norms[name] = _compare_gradients(
+        angles[name], norms[name] = compare_gradients(
             gradient.double().flatten(), expected.gradients[name].double().flatten()
         )
     worst = max(angles, key=angles.__getitem__), max(norms, key=norms.__getitem__)
     return Differences(max(largest), flips, angles[worst[0]], norms[worst[1]], worst)
 
 
-def _compare_gradients(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
+def compare_gradients(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
     """1 - cosine and the relative difference of the norms; a gradient that should be zero must be."""
     norm = float(theirs.norm())
     if norm == 0.0 or float(ours.norm()) == 0.0:
