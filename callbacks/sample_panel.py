@@ -8,14 +8,16 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from PIL import Image
 from torch import Tensor
 
 from callbacks.caption_metrics import FOLDER, CaptionMetrics
 from callbacks.sample_sheet import Caption, draw_sheet
-from step37_lit.batch import PackedBatch, Sample
 from step37_lit.config import ConfigError, require
+from step37_lit.report.pictures import picture_path
 
 COLUMNS = 4
 TAG = "val/captions"
@@ -27,19 +29,17 @@ class SamplePanel(pl.Callback):
     black and the generated caption below it, green where it is one of the references; both and their CIDEr-D under
     Text.
 
-    The captions are those that `callbacks.caption_metrics.CaptionMetrics` has generated for the scores, which the
-    Trainer must have too. Without a TensorBoard logger it says so and does nothing.
+    Captions and pictures are those that `callbacks.caption_metrics.CaptionMetrics` keeps in the run's folder; the
+    Trainer must have it too. Without a TensorBoard logger it says so and does nothing.
 
     Args:
-        count: Pictures, the first ones of the split (of the first data-parallel rank's share).
+        count: Pictures, the first ones that are captioned; of a sample with several, the first.
     """
 
     def __init__(self, count: int = 8):
         require(count > 0, "sample_panel.count", "a positive number", count)
         self.count = count
-        self._captioning: CaptionMetrics | None = None
         self._boards: list[TensorBoardLogger] = []
-        self._pictures: dict[str, Tensor] = {}  # by key, [3, H, W] uint8
 
     def check(self, trainer: pl.Trainer, module: Any) -> None:
         """Raises `ConfigError` where nothing generates captions, or of fewer pictures."""
@@ -57,57 +57,35 @@ class SamplePanel(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self.check(trainer, pl_module)
-        self._captioning = self._caption_metrics(trainer)
         self._boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if not self._boards:
             rank_zero_warn("SamplePanel: the Trainer has no TensorBoardLogger, so no pictures are shown")
 
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._pictures = {}
-
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: Any,
-        outputs: object,
-        batch: list[PackedBatch],
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        assert self._captioning is not None, "validation before setup"
-        shows = trainer.is_global_zero and bool(self._boards) and not trainer.sanity_checking
-        if not shows or dataloader_idx != self._captioning.loader or len(self._pictures) >= self.count:
-            return
-        for sample in (sample for pack in batch for sample in pack.samples()):
-            key = sample.key.partition("#")[0]  # texts of one picture differ behind the #
-            picture = whole_view(sample, pl_module.config.tokens.im_start)
-            if picture is not None and bool(sample.loss_mask.any()) and len(self._pictures) < self.count:
-                self._pictures.setdefault(key, picture.cpu())
-
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         # Behind every callback's on_validation_epoch_end, whatever their order.
-        pictures, self._pictures = self._pictures, {}
-        if not pictures:
+        if trainer.sanity_checking or not trainer.is_global_zero or not self._boards:
             return
-        assert self._captioning is not None, "validation before setup"
-        suffix = pl_module.eval_suffixes[self._captioning.loader]
-        file = Path(trainer.default_root_dir) / FOLDER / f"step_{trainer.global_step:06d}{suffix}.jsonl"
-        rows = {row["key"]: row for row in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
-        shown = [rows[key] for key in pictures if key in rows]  # texts without a picture count in max_samples
+        run = Path(trainer.default_root_dir)
+        suffix = pl_module.eval_suffixes[self._caption_metrics(trainer).loader]
+        file = run / FOLDER / f"step_{trainer.global_step:06d}{suffix}.jsonl"
+        if not file.is_file():  # an empty split
+            return
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        shown = [row for row in rows if picture_path(run, row["key"]).is_file()][: self.count]
         if not shown:
             return
-        sheet = draw_sheet([Caption(pictures[r["key"]], reference(r), r["caption"]) for r in shown], COLUMNS)
+        sheet = draw_sheet(
+            [Caption(_pixels(run, row["key"]), reference(row), row["caption"]) for row in shown], COLUMNS
+        )
         for board in self._boards:
             writer = board.experiment
             writer.add_image(f"{TAG}{suffix}", np.array(sheet), trainer.global_step, dataformats="HWC")
             writer.add_text(f"{TAG}{suffix}", markdown(shown), trainer.global_step)
 
 
-def whole_view(sample: Sample, start_token: int) -> Tensor | None:
-    """A sample's first picture as a whole, without its local patches: [3, H, W] uint8, or None without a picture."""
-    return next(
-        (i.images[0] for i in sample.images if i.insert_start_token == start_token and i.images is not None), None
-    )
+def _pixels(run: Path, key: str) -> Tensor:
+    with Image.open(picture_path(run, key)) as picture:
+        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
 
 
 def reference(row: dict[str, Any]) -> str:

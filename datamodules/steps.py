@@ -7,6 +7,7 @@ an epoch starts, so a position is a few numbers, and neither ranks nor workers c
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -37,11 +38,12 @@ class DataShare:
 
     @classmethod
     def of(cls, trainer: pl.Trainer | None) -> DataShare:
-        """The share of a Trainer's process; everything without one."""
+        """The share of a process under `MegatronStrategy`; everything without a Trainer."""
         if trainer is None:
             return cls()
-        share: dict[str, Any] = trainer.strategy.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}  # type: ignore[attr-defined]
-        return cls(share["rank"], share["num_replicas"], getattr(trainer.strategy, "reads_data", True))
+        strategy: Any = trainer.strategy
+        share = strategy.distributed_sampler_kwargs
+        return cls(share["rank"], share["num_replicas"], strategy.reads_data)
 
     def numbers(self, packs_per_step: int) -> range:
         """Numbers, within a step, of the packs that this process makes."""
@@ -65,16 +67,18 @@ class Step:
     bad: list[BadRecord] = field(default_factory=list)
 
 
-class StepDataset(Dataset):
-    """Steps of one epoch by number: `__len__` and `__getitem__` -> `Step`."""
+class StepDataset(Dataset, ABC):
+    """Steps of one epoch by number."""
 
     num_samples: int  # of the whole epoch, read by this process
 
+    @abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """Steps of the epoch."""
 
+    @abstractmethod
     def __getitem__(self, step: int) -> Step:
-        raise NotImplementedError
+        """This process's part of a step."""
 
 
 class StepSource(Protocol):

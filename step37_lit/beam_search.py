@@ -7,6 +7,7 @@ beam is at least as good as what the best open one scores now.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -53,7 +54,9 @@ class BeamSearch:
         """Continuations to look at in a step, so that `num_beams` stay open whichever of them end."""
         return max(2, 1 + len(self.end_tokens)) * self.num_beams
 
-    def advance(self, logprobs: Tensor, is_stopped: object = None) -> tuple[list[int], list[int]]:
+    def advance(
+        self, logprobs: Tensor, is_stopped: Callable[[Sequence[int]], bool] | None = None
+    ) -> tuple[list[int], list[int]]:
         """Takes the log-probabilities of what follows each open beam.
 
         Args:
@@ -71,7 +74,7 @@ class BeamSearch:
         new: list[Beam] = []
         for rank, (logprob, parent, token) in enumerate(zip(best.tolist(), parents, tokens, strict=True)):
             sequence = (*self.open[parent][0], token)
-            ended = token in self.end_tokens or (is_stopped is not None and is_stopped(sequence))  # type: ignore[operator]
+            ended = token in self.end_tokens or (is_stopped is not None and is_stopped(sequence))
             if not ended and len(sequence) < self.max_new_tokens:
                 opened.append((parent, token, sequence, logprob))
             elif rank < self.num_beams:

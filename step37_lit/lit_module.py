@@ -211,13 +211,18 @@ class Step37LitModule(pl.LightningModule):
             "train/images_per_second": result.images / seconds,
             "train/mfu": flops / seconds / self.gemm_peak,
             "train/padding": 1.0 - result.tokens / result.row_tokens,
-            "train/data_wait": waited / seconds,
         }
+        if self._counts_waiting:
+            values["train/data_wait"] = waited / seconds
         self.trainer.should_stop |= result.stop
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
 
+    @property
+    def _counts_waiting(self) -> bool:
+        return hasattr(self.trainer.train_dataloader, "seconds_waited")
+
     def _seconds_waited(self) -> float:
-        return getattr(self.trainer.train_dataloader, "seconds_waited", 0.0)
+        return self.trainer.train_dataloader.seconds_waited if self._counts_waiting else 0.0
 
     # ---- evaluation ----
 

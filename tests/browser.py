@@ -22,6 +22,56 @@ FLAGS = (
 DOMAINS = ("Page", "Runtime", "Log", "Network", "Accessibility")
 
 
+# What an author may write in a caption to get out of a page; none of it may run, load, style or hide anything.
+HOSTILE_TEXTS = (
+    '<script>document.title = "taken"; window.taken = 1</script>',
+    '"><img id=taken src=x onerror="window.taken = 2">',
+    '\'--></title></style></svg></bdi><svg id=taken onload="window.taken = 3">',
+    "<style>body { display: none }</style><base href=https://example.invalid><meta http-equiv=refresh content=0>",
+    "{{ 7 * 191 }}{% include 'secret' %}",
+    "a file named \u202egnp.exe\u202c, \u2066hidden\u2069 and \u200b\ufeff",
+    "\x1b[31mred\x07 \x7f \x85 \u2028 end",
+    "&lt;script&gt; &amp; &#x3C;img&#x3E;",
+)
+
+# Beginning of a script that looks at contrasts (WCAG 2.2): `texts` are the elements that show text, `light` gives the
+# relative luminance of a colour, `behind` the colour that an element stands on, `ratio` the contrast of two luminances.
+LOOK = """
+  const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
+  const light = colour => numbers(colour).slice(0, 3).map(level => level / 255)
+    .map(x => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, x, i) => sum + x * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = element => {
+    for (let at = element; at; at = at.parentElement) {
+      const colour = getComputedStyle(at).backgroundColor;
+      if ((numbers(colour)[3] ?? 1) === 1) return colour;
+    }
+  };
+  const ratio = (a, b) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  const texts = [...document.body.querySelectorAll("*")].filter(e => !e.closest("title, defs") && e.checkVisibility()
+    && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()));
+"""
+OUTSIDE = """[...document.body.querySelectorAll("*")].filter(e => {
+  const box = e.getBoundingClientRect();
+  return box.width > 1 && (box.left < -0.5 || box.right > innerWidth + 0.5);
+}).map(e => e.outerHTML.slice(0, 100))"""
+# Tries what the policy forbids and gives the directives that stopped it.
+INJECTED = """new Promise(done => {
+  const blocked = new Set();
+  document.addEventListener("securitypolicyviolation", e => {
+    blocked.add(e.effectiveDirective);
+    if (blocked.size === 5) done([...blocked].sort());
+  });
+  document.body.insertAdjacentHTML("beforeend",
+    "<iframe src='https://example.invalid'></iframe><img src='https://example.invalid/x.png'>" +
+    "<p style='color: red' onclick='window.taken = 4'></p>");
+  document.body.lastElementChild.click();
+  document.body.append(Object.assign(document.createElement("script"), {textContent: "window.taken = 5"}));
+  setTimeout(() => done([...blocked].sort()), 5000);
+})"""
+STOPPED = ["frame-src", "img-src", "script-src-attr", "script-src-elem", "style-src-attr"]
+
+
 def find_chromium() -> str | None:
     """The browser's path, or None."""
     found = (shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome"))
@@ -106,3 +156,9 @@ class Browser:
                 raise RuntimeError(f"the browser ended with exit code {self._process.wait()}")
             message += byte
         return json.loads(message)
+
+
+def opened(browser: Browser, page: Path, theme: str = "light", width: int = 1400) -> None:
+    """Shows a page with everything on it unfolded."""
+    browser.show(page, theme, width)
+    browser.run("document.querySelectorAll('details').forEach(e => { e.open = true })")

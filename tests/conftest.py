@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from browser import Browser, find_chromium
 
 SEED = int(os.environ.get("STEP37_TEST_SEED", "20261124"))
 
@@ -32,3 +33,12 @@ def one_rank() -> Iterator[None]:
     process.initialize()
     yield
     process.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    executable = find_chromium()
+    if executable is None:
+        pytest.skip("no Chromium on this machine")
+    with Browser(executable, tmp_path_factory.mktemp("profile")) as browser:
+        yield browser

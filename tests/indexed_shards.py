@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
+from datamodules.bad_samples import BadSample
+from datamodules.shards.index import ShardIndex
+from datamodules.shards.reader import ShardReader
 from step37_lit.config import Step37Config
 from step37_lit.processor import Step37Processor
 from step37_lit.tokenizer import Step37Tokenizer
@@ -43,3 +48,16 @@ def keep_time(path: Path, content: bytes) -> None:
 
 def flipped(content: bytes, at: int) -> bytes:
     return content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :]
+
+
+def check_reading(index: ShardIndex) -> None:
+    """Good samples can be read, bad ones say why not."""
+    reader = ShardReader(index)
+    for i in range(len(index)):
+        problem = index.problem(i)
+        if problem is None:
+            assert len(reader.read(i).images) == len(index.image_sizes(i))
+        else:
+            with pytest.raises(BadSample) as caught:
+                reader.read(i)
+            assert caught.value.reason == problem and caught.value.key == index.key(i)

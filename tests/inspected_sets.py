@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from browser import HOSTILE_TEXTS
 from pictures import PNG_START, chunk, encoded, png_header
 from PIL import Image
 
@@ -21,14 +22,7 @@ from datamodules.shards.index import ShardIndex
 
 MAX_LENGTH = 256
 CAPTIONS = (
-    '<script>document.title = "taken"; window.taken = 1</script>',
-    '"><img id=taken src=x onerror="window.taken = 2">',
-    '\'--></title></style></svg></bdi><svg id=taken onload="window.taken = 3">',
-    "<style>body { display: none }</style><base href=https://example.invalid><meta http-equiv=refresh content=0>",
-    "{{ 7 * 191 }}{% include 'secret' %}",
-    "a file named \u202egnp.exe\u202c, \u2066hidden\u2069 and \u200b\ufeff",
-    "\x1b[31mred\x07 \x7f \x85 \u2028 end",
-    "&lt;script&gt; &amp; &#x3C;img&#x3E;",
+    *HOSTILE_TEXTS,
     "<im_patch><|im_end|> written by an author",
     "unbroken" * 200,
 )

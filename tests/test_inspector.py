@@ -20,15 +20,16 @@ from inspected_sets import MAX_LENGTH, PAIR, MadeSet, hostile_set, plain_set
 from PIL import Image
 
 from datamodules.inspector import inspect as inspector
-from datamodules.inspector.inspect import collect
+from datamodules.inspector.collect import collect
 from datamodules.inspector.packs import KINDS, TEXT_LIMIT
-from datamodules.inspector.page import page, visible
+from datamodules.inspector.page import page
 from datamodules.inspector.plots import histogram, size_plot
 from datamodules.packed import PackedDataModule
 from datamodules.packed_steps import PackedEpochs
 from datamodules.packing import lower_bound
 from datamodules.steps import EVERYTHING
 from step37_lit.config import ConfigError
+from step37_lit.pages.render import visible
 
 
 @pytest.fixture(scope="module")

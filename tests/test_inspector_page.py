@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import Browser, find_chromium
+from browser import INJECTED, LOOK, OUTSIDE, STOPPED, Browser, opened
 from inspected_sets import CAPTIONS, KEYS, MAX_LENGTH, SHARD, MadeSet, hostile_set, plain_set
 
 from datamodules.inspector import inspect as inspector
-from datamodules.inspector.page import visible
+from step37_lit.pages.render import visible
 
 TITLE = "hostile: shards and packs"
-CONTRASTS = """(() => {
-  const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
-  const light = colour => numbers(colour).slice(0, 3).map(level => level / 255)
-    .map(x => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, x, i) => sum + x * [0.2126, 0.7152, 0.0722][i], 0);
-  const behind = element => {
-    for (let at = element; at; at = at.parentElement) {
-      const colour = getComputedStyle(at).backgroundColor;
-      if ((numbers(colour)[3] ?? 1) === 1) return colour;
-    }
-  };
-  const ratio = (a, b) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-  const texts = [...document.body.querySelectorAll("*")].filter(e => !e.closest("title, defs") && e.checkVisibility()
-    && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()));
+CONTRASTS = (
+    f"(() => {{{LOOK}"
+    + """
   const shapes = [...document.querySelectorAll("rect:not(.padding), circle")];
   const of = (e, name) => [ratio(light(getComputedStyle(e)[name]), light(behind(e))), e.outerHTML.slice(0, 80)];
   return {
@@ -34,10 +22,7 @@ CONTRASTS = """(() => {
     shapes: shapes.map(e => of(e.closest("section").querySelector("h2") && e, "fill")),
   };
 })()"""
-OUTSIDE = """[...document.body.querySelectorAll("*")].filter(e => {
-  const box = e.getBoundingClientRect();
-  return box.width > 1 && (box.left < -0.5 || box.right > innerWidth + 0.5);
-}).map(e => e.outerHTML.slice(0, 100))"""
+)
 FACTS = """Object.fromEntries([...document.querySelectorAll("dl div")].map(
   e => [e.querySelector("dt").textContent, e.querySelector("dd").textContent]).reverse())"""
 
@@ -53,15 +38,6 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> MadeSet:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    executable = find_chromium()
-    if executable is None:
-        pytest.skip("no Chromium on this machine")
-    with Browser(executable, tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
 def pages(plain: MadeSet, hostile: MadeSet, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     shown = {"plain": (plain, 5, 12), "hostile": (hostile, 24, 48)}
@@ -69,11 +45,6 @@ def pages(plain: MadeSet, hostile: MadeSet, tmp_path_factory: pytest.TempPathFac
         name: inspector.inspect_set(made.module, folder / f"{name}.html", packs, thumbnails)
         for name, (made, packs, thumbnails) in shown.items()
     }
-
-
-def opened(browser: Browser, page: Path, theme: str = "light", width: int = 1400) -> None:
-    browser.show(page, theme, width)
-    browser.run("document.querySelectorAll('details').forEach(e => { e.open = true })")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -114,19 +85,7 @@ def test_loads_nothing_and_complains_about_nothing(browser: Browser, pages: dict
 def test_policy_is_in_force(browser: Browser, pages: dict[str, Path]) -> None:
     """Even text that was not escaped could neither run nor load nor style anything."""
     opened(browser, pages["plain"])
-    injected = """new Promise(done => {
-      const blocked = new Set();
-      document.addEventListener("securitypolicyviolation", e => {
-        blocked.add(e.effectiveDirective);
-        if (blocked.size === 4) done([...blocked].sort());
-      });
-      document.body.insertAdjacentHTML("beforeend",
-        "<img src='https://example.invalid/x.png'><p style='color: red' onclick='window.taken = 4'></p>");
-      document.body.lastElementChild.click();
-      document.body.append(Object.assign(document.createElement("script"), {textContent: "window.taken = 5"}));
-      setTimeout(() => done([...blocked].sort()), 5000);
-    })"""
-    assert browser.run(injected) == ["img-src", "script-src-attr", "script-src-elem", "style-src-attr"]
+    assert browser.run(INJECTED) == STOPPED
     assert browser.run("typeof window.taken") == "undefined"
 
 

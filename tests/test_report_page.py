@@ -2,47 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import Browser, find_chromium
+from browser import INJECTED, LOOK, OUTSIDE, STOPPED, Browser, opened
 from made_runs import CAPTIONS, HOSTILE_KEY, hostile_run, plain_run
 
 from step37_lit.pages.render import visible
 from step37_lit.report import write_report
 from step37_lit.report.read import read_run
 
-CONTRASTS = """(() => {
-  const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
-  const light = colour => numbers(colour).slice(0, 3).map(level => level / 255)
-    .map(x => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, x, i) => sum + x * [0.2126, 0.7152, 0.0722][i], 0);
-  const behind = element => {
-    for (let at = element; at; at = at.parentElement) {
-      const colour = getComputedStyle(at).backgroundColor;
-      if ((numbers(colour)[3] ?? 1) === 1) return colour;
-    }
-  };
-  const ratio = (a, b) => (Math.max(light(a), light(b)) + 0.05) / (Math.min(light(a), light(b)) + 0.05);
-  const texts = [...document.body.querySelectorAll("*")].filter(e => !e.closest("title, defs") && e.checkVisibility()
-    && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()));
+CONTRASTS = (
+    f"(() => {{{LOOK}"
+    + """
   const bands = [...document.querySelectorAll(".charts rect[class^=band]")].map(e => getComputedStyle(e).fill);
-  const least = (e, name) => [Math.min(...[behind(e), ...bands].map(b => ratio(getComputedStyle(e)[name], b))),
+  const least = (e, name) => [
+    Math.min(...[behind(e), ...bands].map(b => ratio(light(getComputedStyle(e)[name]), light(b)))),
     e.outerHTML.slice(0, 80)];
   return {
-    texts: texts.map(e => [ratio(getComputedStyle(e)[e instanceof SVGElement ? "fill" : "color"], behind(e)),
+    texts: texts.map(e => [
+      ratio(light(getComputedStyle(e)[e instanceof SVGElement ? "fill" : "color"]), light(behind(e))),
       e.outerHTML.slice(0, 80)]),
     shapes: [...[...document.querySelectorAll(".axes .line")].map(e => least(e, "stroke")),
       ...[...document.querySelectorAll(".dot")].map(e => least(e, "fill"))],
     extremes: [...document.querySelectorAll(".levels rect.h0, .levels rect.h6")].map(e =>
-      ratio(getComputedStyle(e).fill, behind(e))),
+      ratio(light(getComputedStyle(e).fill), light(behind(e)))),
   };
 })()"""
-OUTSIDE = """[...document.body.querySelectorAll("*")].filter(e => {
-  const box = e.getBoundingClientRect();
-  return box.width > 1 && (box.left < -0.5 || box.right > innerWidth + 0.5);
-}).map(e => e.outerHTML.slice(0, 100))"""
+)
 # Tick labels and names of a chart must neither leave its panel nor lie on each other.
 CROWDED = """[...document.querySelectorAll(".axes > svg")].filter(e => e.checkVisibility()).flatMap(e => {
   const boxes = [...e.querySelectorAll("text")].map(t => t.getBoundingClientRect());
@@ -55,26 +42,12 @@ CROWDED = """[...document.querySelectorAll(".axes > svg")].filter(e => e.checkVi
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    executable = find_chromium()
-    if executable is None:
-        pytest.skip("no Chromium on this machine")
-    with Browser(executable, tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     return {
         "plain": write_report(plain_run(folder / "plain")),
         "hostile": write_report(hostile_run(folder / "hostile")),
     }
-
-
-def opened(browser: Browser, page: Path, theme: str = "light", width: int = 1400) -> None:
-    browser.show(page, theme, width)
-    browser.run("document.querySelectorAll('details').forEach(e => { e.open = true })")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -116,20 +89,7 @@ def test_loads_nothing_and_complains_about_nothing(browser: Browser, pages: dict
 def test_policy_is_in_force(browser: Browser, pages: dict[str, Path]) -> None:
     """Even text that was not escaped could neither run nor load nor style anything."""
     opened(browser, pages["plain"])
-    injected = """new Promise(done => {
-      const blocked = new Set();
-      document.addEventListener("securitypolicyviolation", e => {
-        blocked.add(e.effectiveDirective);
-        if (blocked.size === 5) done([...blocked].sort());
-      });
-      document.body.insertAdjacentHTML("beforeend",
-        "<iframe src='https://example.invalid'></iframe><img src='https://example.invalid/x.png'>" +
-        "<p style='color: red' onclick='window.taken = 4'></p>");
-      document.body.lastElementChild.click();
-      document.body.append(Object.assign(document.createElement("script"), {textContent: "window.taken = 5"}));
-      setTimeout(() => done([...blocked].sort()), 5000);
-    })"""
-    assert browser.run(injected) == ["frame-src", "img-src", "script-src-attr", "script-src-elem", "style-src-attr"]
+    assert browser.run(INJECTED) == STOPPED
     assert browser.run("typeof window.taken") == "undefined"
 
 

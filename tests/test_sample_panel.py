@@ -44,14 +44,16 @@ def test_tensorboard_has_pictures_and_captions(tmp_path: Path, panel_first: bool
     images, texts = events.Images(TAG), events.Tensors(f"{TAG}/text_summary")
     assert [entry.step for entry in images] == [entry.step for entry in texts] == [2, 4]  # and none of a sanity check
     samples = data.samples("seen")
+    pictures = [samples.picture(number).resize((TILE - 4, TILE - 4), Image.Resampling.NEAREST) for number in range(5)]
     for image, text in zip(images, texts, strict=True):
         sheet = np.array(Image.open(io.BytesIO(image.encoded_image_string)))
         assert sheet.shape == (2 * (TILE + TEXT_HEIGHT), 4 * TILE, 3)
         for number in range(5):
             side = TILE - 4
-            picture = samples.picture(number).resize((side, side), Image.Resampling.NEAREST)
             x, y = number % 4 * TILE + 2, number // 4 * (TILE + TEXT_HEIGHT) + 2
-            assert np.array_equal(sheet[y : y + side, x : x + side], np.array(picture))
+            shown = sheet[y : y + side, x : x + side].astype(float)
+            distance = [np.abs(shown - np.array(pictures[other])).mean() for other in (number, number - 1)]
+            assert distance[0] < 12 < distance[1]  # measured: at most 7 (JPEG), another picture at least 31
             assert (sheet[y + side + 4 : y + side + 100, x : x + side] < 128).any()  # words below it
         rows = read_captions(tmp_path, image.step)
         assert text.tensor_proto.string_val[0].decode() == markdown([rows[f"seen-0-{n}"] for n in range(5)])

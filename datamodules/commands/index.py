@@ -12,13 +12,13 @@ from jsonargparse.typing import PositiveInt
 
 from datamodules.bad_samples import BadSamplePolicy
 from datamodules.commands.recipe import packed_data_module, recipe_data
+from step37_lit.commands import INTERRUPTED
 from step37_lit.config import ConfigError, require
 
 if TYPE_CHECKING:
     from datamodules.packed import PackedDataModule
     from datamodules.shards.index import Lengths, ShardIndex
 
-INTERRUPTED = 130
 SHOWN_BAD = 10
 MODEL_OPTIONS = ("preset", "hub", "tokenizer", "chat_template", "prompt", "multicrop")
 

@@ -15,13 +15,13 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from datamodules.bad_samples import BadSamplePolicy
 from datamodules.scene_world import Split
+from step37_lit.commands import INTERRUPTED
 from step37_lit.config import ConfigError, require
 
 if TYPE_CHECKING:  # what writes needs torch and webdataset, which the help must not wait for
     from datamodules.shards.write_plan import Limit
     from datamodules.sources.base import BadItem, Source
 
-INTERRUPTED = 130
 DEFAULT_SHARD_SIZE = 256 * 2**20
 DEFAULT_SHARD_SAMPLES = 1000  # of rendered scenes, whose bytes are not known before
 SHOWN_BAD = 10

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from step37_lit.model.experts import Router
@@ -55,8 +56,8 @@ class ExpertLoadRecording:
     def _routers(self) -> dict[int, Router]:
         """This stage's routers by the number of their layer."""
         assert self._model.decoder is not None
-        routers = {layer.layer_number - 1: getattr(layer.mlp, "router", None) for layer in self._model.decoder.layers}
-        return {number: router for number, router in routers.items() if router is not None}
+        layers = [layer for layer in self._model.decoder.layers if isinstance(layer.mlp, MoELayer)]
+        return {layer.layer_number - 1: layer.mlp.router for layer in layers}
 
     def gather(self) -> list[LayerLoad]:
         """Every layer's load after the step, the same on every rank; all ranks must call it."""

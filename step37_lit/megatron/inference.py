@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
 from step37_lit.batch import PackedBatch
@@ -24,7 +25,8 @@ from step37_lit.model.step37_model import Step37Model
 def inference_mode(model: Step37Model) -> Iterator[Step37Model]:
     """Evaluation without gradients, and without sequence parallelism: a step has as many tokens as there are rows."""
     # megatron's own switch asks for attributes of its GPT model. The linear layers and the configuration have the flag.
-    split: list[Any] = [part for part in (model.config, *model.modules()) if getattr(part, "sequence_parallel", False)]
+    linears = [m for m in model.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
+    split: list[Any] = [part for part in (model.config, *linears) if part.sequence_parallel]
     training = model.training
     try:
         for part in split:
