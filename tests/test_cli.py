@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -58,6 +59,8 @@ def test_fit_then_resume_then_validate(tmp_path: Path) -> None:
     assert lines[1] == f"checkpoint  {run}/checkpoints/last.ckpt"
     assert str(run) in lines[2]
     assert lines[3] == f"report      {run}/report.html" and (run / "report.html").is_file()
+    validations = re.findall(r"^validation  (step \d+): val/loss .*, val/cider_d \d\.\d{4}$", done.stdout, re.MULTILINE)
+    assert validations == ["step 2", "step 4"]
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]  # nothing beside the run's folder
     assert [path.relative_to(run) for path in run.rglob("metrics.csv")] == [Path("metrics.csv")]
