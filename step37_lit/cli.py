@@ -97,6 +97,11 @@ class Step37CLI(LightningCLI):
             load_from_checkpoint_support=False,
         )
 
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        # One seed for the weights, the order of the data and what is drawn while training.
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+
     def parse_arguments(self, parser: Any, args: Any) -> None:
         self.config = parser.parse_args(args)
 

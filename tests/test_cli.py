@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ RECIPE = REPOSITORY / "recipes" / "scenes_tiny.yaml"
 SHORT = [
     "--data.num_steps=4", "--data.microbatches=1", "--data.samples_per_pack=2", "--data.val_samples=4",
     "--data.num_workers=0", "--trainer.max_steps=4", "--trainer.val_check_interval=2", "--model.warmup_steps=1",
+    "--seed_everything=3",
 ]  # fmt: skip
 
 
@@ -61,6 +63,9 @@ def test_fit_then_resume_then_validate(tmp_path: Path) -> None:
     assert lines[3] == f"report      {run}/report.html" and (run / "report.html").is_file()
     validations = re.findall(r"^validation  (step \d+): val/loss .*, val/cider_d \d\.\d{4}$", done.stdout, re.MULTILINE)
     assert validations == ["step 2", "step 4"]
+    shown = [json.loads(line)["key"] for line in (run / "captions" / "step_000004.jsonl").read_text().splitlines()]
+    assert shown == [f"unseen-3-{i}" for i in range(4)]  # the command's one seed is the data's, too
+
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]  # nothing beside the run's folder
     assert [path.relative_to(run) for path in run.rglob("metrics.csv")] == [Path("metrics.csv")]
