@@ -66,7 +66,6 @@ def test_fit_then_resume_then_validate(tmp_path: Path) -> None:
     shown = [json.loads(line)["key"] for line in (run / "captions" / "step_000004.jsonl").read_text().splitlines()]
     assert shown == [f"unseen-3-{i}" for i in range(4)]  # the command's one seed is the data's, too
 
-
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]  # nothing beside the run's folder
     assert [path.relative_to(run) for path in run.rglob("metrics.csv")] == [Path("metrics.csv")]
     assert {"config.yaml", "checkpoints", "tensorboard", "pictures", "tokenizer.json"} <= {
