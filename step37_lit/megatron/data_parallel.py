@@ -7,26 +7,41 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.router import TopKRouter
 
 from step37_lit.megatron import cuda_names
+from step37_lit.megatron.chunks import ModelChunks, chunks_of
+from step37_lit.model.step37_model import Step37Model
 
 
-def wrap(model: MegatronModule) -> DistributedDataParallel:
+def wrap(model: Step37Model | ModelChunks) -> list[DistributedDataParallel]:
     """Contiguous buffers of parameters and gradients; each data-parallel rank keeps its share of the optimizer's state.
 
     Args:
-        model: A model of `build_model`; its config learns how gradients are finalised.
+        model: A stage of `build_stage`; its config learns how gradients are finalised.
+
+    Returns:
+        One for each chunk.
     """
-    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     with cuda_names.cpu_for_cuda():
-        ddp = DistributedDataParallel(model.config, ddp_config, model)
-    for group in ddp.bucket_groups + ddp.expert_parallel_bucket_groups:
-        _skip_exchange_with_oneself(group)
+        chunks = [DistributedDataParallel(model.config, config, chunk) for chunk in chunks_of(model)]
+    for ddp in chunks:
+        _divide_repeated_gradients(ddp)
+        for group in ddp.bucket_groups + ddp.expert_parallel_bucket_groups:
+            _skip_exchange_with_oneself(group)
     model.config.finalize_model_grads_func = _finalize_gradients
     model.config.grad_scale_func = None
-    return ddp
+    return chunks
+
+
+def _divide_repeated_gradients(ddp: DistributedDataParallel) -> None:
+    """Tensor ranks without sequence parallelism send the same tokens to the experts, which sum over all that come."""
+    if ddp.config.sequence_parallel:
+        return
+    for group in ddp.expert_parallel_bucket_groups:
+        for bucket in group.buckets:
+            bucket.gradient_scaling_factor /= ddp.config.tensor_model_parallel_size
 
 
 @torch.no_grad()
