@@ -91,6 +91,7 @@ class ForwardingOptimizer(torch.optim.Optimizer):
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=True,
+            overlap_param_gather=ddps[0].ddp_config.overlap_param_gather,
             clip_grad=clip_grad,
         )
         with cuda_names.cpu_for_cuda():

@@ -74,6 +74,8 @@ class MegatronStrategy(DDPStrategy):
             pass, `full` whole layers.
         recompute_layers: Only the first layers of each (virtual) stage, this many; None is all.
         recompute_vision: Compute the vision tower's blocks again.
+        overlap_data_parallel: Reduce gradients during the backward pass and gather weights during the next forward
+            pass. Every pack needs a picture then, and no part may freeze in the course of the run.
         seed: Of megatron's random-number generators.
         cpu_threads: Threads of this process's operations on the CPU; None leaves torch's choice, one a core. Loader
             processes need cores too.
@@ -93,6 +95,7 @@ class MegatronStrategy(DDPStrategy):
         recompute: RecomputeMode = "none",
         recompute_layers: int | None = None,
         recompute_vision: bool = False,
+        overlap_data_parallel: bool = False,
         seed: int = 0,
         cpu_threads: int | None = None,
         accelerator: Any = None,
@@ -103,6 +106,7 @@ class MegatronStrategy(DDPStrategy):
         self.layout = ParallelLayout(
             tensor, pipeline, virtual_pipeline, pipeline_layout, expert, context, sequence_parallel
         )
+        self.overlap_data_parallel = overlap_data_parallel
         self.recompute = Recompute(recompute, recompute_layers, recompute_vision)
         require(
             cpu_threads is None or cpu_threads > 0, "strategy.cpu_threads", "null or a positive number", cpu_threads
@@ -185,6 +189,9 @@ class MegatronStrategy(DDPStrategy):
     def train_step(self, microbatches: Sequence[PackedBatch]) -> schedule.StepResult:
         """Forward and backward of one global step; the optimizer's step follows from Lightning."""
         assert self.ddps is not None, "train_step outside of fit"
+        if self.overlap_data_parallel:  # a rank that leaves out its vision tower would exchange other weights
+            bare = [pack.sample_keys for pack in microbatches if not pack.images]
+            require(not bare, "strategy.overlap_data_parallel", "false with packs without pictures", bare)
         for ddp in self.ddps:
             ddp.zero_grad_buffer()
         for optimizer in self.optimizers:
@@ -193,6 +200,7 @@ class MegatronStrategy(DDPStrategy):
 
     def evaluate_step(self, microbatches: Sequence[PackedBatch]) -> list[tuple[PackedBatch, Tensor, Tensor]]:
         """Teacher-forced losses and most likely tokens on the last stage; see `schedule.evaluate_step`."""
+        data_parallel.gather_weights(self.ddps or [])
         return schedule.evaluate_step(chunks_of(self.lightning_module.model), microbatches)
 
     def build_optimizer(self, settings: AdamWSettings) -> ForwardingOptimizer:
@@ -266,7 +274,7 @@ class MegatronStrategy(DDPStrategy):
             if self.part_of is not None:
                 for name, parameter in whole_names(model):
                     parameter.requires_grad_(name in self.part_of)
-            self.ddps = data_parallel.wrap(model)
+            self.ddps = data_parallel.wrap(model, self.overlap_data_parallel)
             self.setup_optimizers(trainer)
             for optimizer in self.optimizers:
                 if not isinstance(optimizer, ForwardingOptimizer):
@@ -285,7 +293,15 @@ class MegatronStrategy(DDPStrategy):
         self.precision_plugin.pre_backward(closure_loss, module)
         return self.precision_plugin.post_backward(closure_loss, module)
 
+    def teardown(self) -> None:
+        data_parallel.gather_weights(self.ddps or [])
+        super().teardown()
+
     # ---- checkpoints: one file, each data-parallel rank's share in it ----
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        data_parallel.gather_weights(self.ddps or [])
+        return super().lightning_module_state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Every data-parallel rank's share, gathered; all ranks must call it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,11 +29,18 @@ LOSS_TOLERANCE = NORM_TOLERANCE = WEIGHTS_TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks, and the arguments of `ParallelLayout` and of `Recompute` that are not their defaults."""
+    """Ranks, and the arguments of `ParallelLayout` and of `Recompute` that are not their defaults.
+
+    Args:
+        overlap: Of the exchange with data-parallel ranks.
+        broken: A fault of `broken_layouts.py`.
+    """
 
     ranks: int
     split: dict[str, Any] = field(default_factory=dict)
     recompute: dict[str, Any] = field(default_factory=dict)
+    overlap: bool = False
+    broken: str | None = None
 
     @property
     def name(self) -> str:
@@ -49,7 +57,8 @@ class Layout:
         parts += [f"EP{split['expert']}"] if split.get("expert", 1) > 1 else []
         data = self.ranks // (tensor * pipeline * context)
         parts += [f"DP{data}"] if data > 1 else []
-        parts += [f"{key} {value}" for key, value in self.recompute.items()]
+        parts += ["overlap"] if self.overlap else []
+        parts += [f"recompute {key} {value}" for key, value in self.recompute.items()]
         return " ".join(parts) or "one rank"
 
 
@@ -58,7 +67,7 @@ SHORT = [
     Layout(2, {"tensor": 2}),
     Layout(2, {"pipeline": 2, "virtual_pipeline": 2}),
     Layout(2, {"pipeline": 2, "pipeline_layout": [1, 3]}, {"mode": "full", "layers": 1}),
-    Layout(2, {"expert": 2}, {"mode": "selective"}),
+    Layout(2, {"expert": 2}, {"mode": "selective"}, overlap=True),
     Layout(2, {"tensor": 2, "sequence_parallel": True, "expert": 2}, {"mode": "full", "vision": True}),
 ]
 
@@ -88,7 +97,14 @@ def all_layouts(contexts: Iterable[int] = (1,)) -> list[Layout]:
         (2, {"tensor": 2, "sequence_parallel": True, "expert": 2}),
         (4, {"pipeline": 2, "virtual_pipeline": 2, "expert": 2}),
     ]
-    return layouts + uneven + [Layout(ranks, split, mode) for ranks, split in splits for mode in modes]
+    overlapping = [
+        Layout(2, overlap=True),
+        Layout(2, {"expert": 2}, overlap=True),
+        Layout(4, {"pipeline": 2, "virtual_pipeline": 2}, overlap=True),
+        Layout(4, {"tensor": 2, "sequence_parallel": True, "expert": 2}, overlap=True),
+    ]
+    recomputing = [Layout(ranks, split, mode) for ranks, split in splits for mode in modes]
+    return layouts + uneven + overlapping + recomputing
 
 
 @dataclass(frozen=True)
@@ -115,34 +131,35 @@ class Difference:
 
 def reference(folder: Path, steps: int = STEPS) -> None:
     """Trains on one rank and leaves its figures and weights in the folder."""
-    _run(folder, [Layout(1)], steps, mutation=None)
+    _run(folder, [Layout(1)], steps)
 
 
-def measure(
-    folder: Path, layouts: Sequence[Layout], steps: int = STEPS, mutation: str | None = None
-) -> list[Difference]:
+def measure(folder: Path, layouts: Sequence[Layout], steps: int = STEPS) -> list[Difference]:
     """Trains in each layout (all with the same number of ranks) and compares with the folder's `reference`."""
-    found = _run(folder, layouts, steps, mutation)
+    found = _run(folder, layouts, steps)
     alone = json.loads((folder / "reference.json").read_text())
     return [_difference([rank[number] for rank in found], alone) for number in range(len(layouts))]
 
 
 def _difference(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> Difference:
-    loss = norm = 0.0
-    for rank in ranks:
-        assert rank["rows"] == ranks[0]["rows"], "ranks differ"
-        for found, expected in zip(rank["rows"], alone["rows"], strict=True):
-            loss = max([loss, *(abs(a / b - 1) for a, b in zip(found["losses"], expected["losses"], strict=True))])
-            norm = max(norm, abs(found["norm"] / expected["norm"] - 1))
+    pairs = [pair for rank in ranks for pair in zip(rank["rows"], alone["rows"], strict=True)]
+    losses = [a / b - 1 for row, expected in pairs for a, b in zip(row["losses"], expected["losses"], strict=True)]
+    norms = [row["norm"] / expected["norm"] - 1 for row, expected in pairs]
     names = set().union(*(rank["names"] for rank in ranks))
     assert names == set(alone["names"]), f"not held by any rank: {set(alone['names']) - names}"
-    return Difference(loss, norm, max(rank["weights"] for rank in ranks), max(rank["bias"] for rank in ranks))
+    weights, biases = ([rank[kind] for rank in ranks] for kind in ("weights", "bias"))
+    return Difference(*(_largest(values) for values in (losses, norms, weights, biases)))
 
 
-def _run(folder: Path, layouts: Sequence[Layout], steps: int, mutation: str | None) -> list[list[dict[str, Any]]]:
+def _largest(values: list[float]) -> float:
+    """Infinity where any is not a number, which `max` may pass over."""
+    return math.inf if any(math.isnan(value) for value in values) else max(abs(value) for value in values)
+
+
+def _run(folder: Path, layouts: Sequence[Layout], steps: int) -> list[list[dict[str, Any]]]:
     (ranks,) = {layout.ranks for layout in layouts}
     plain = [asdict(layout) for layout in layouts]
-    job = {"folder": str(folder), "layouts": plain, "steps": steps, "mutation": mutation}
+    job = {"folder": str(folder), "layouts": plain, "steps": steps}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = spawn.run([*torchrun, str(WORKER), json.dumps(job)], timeout=60.0 + 60.0 * len(layouts))
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"

@@ -1,6 +1,6 @@
 """Trains the model of `layout_parity.py` in one layout after the other; started by `layout_parity.measure`.
 
-torchrun ... tests/layouts/parity_worker.py '{"folder": ..., "layouts": [...], "steps": 20, "mutation": null}'
+torchrun ... tests/layouts/parity_worker.py '{"folder": ..., "layouts": [...], "steps": 20}'
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def step_packs(step: int) -> list[PackedBatch]:
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     numbers = range(step * PACKS + rank, (step + 1) * PACKS, ranks)
     return [
-        PackedBatch.from_samples([sample(3 * n + i, SEED) for i in range(3)], pad_to=72 + 4 * (n % 3)) for n in numbers
+        PackedBatch.from_samples([sample(3 * n + i, SEED) for i in range(3)], pad_to=72 + 4 * (n % 2)) for n in numbers
     ]
 
 
@@ -79,13 +79,15 @@ def whole_weights(model: Step37Model | ModelChunks, full: dict[str, Tensor] | No
     return held
 
 
-def train(layout: ParallelLayout, recompute: Recompute, steps: int, full: dict[str, Tensor] | None) -> dict[str, Any]:
+def train(
+    layout: ParallelLayout, recompute: Recompute, overlap: bool, steps: int, full: dict[str, Tensor] | None
+) -> dict[str, Any]:
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     process.initialize(layout)
     layout.validate(config(), dist.get_world_size())
     model = build_stage(config(), layout, recompute=recompute, seed=5)
-    ddps = data_parallel.wrap(model)
+    ddps = data_parallel.wrap(model, overlap)
     optimizer = ForwardingOptimizer(ddps, AdamWSettings(lr=1e-4), clip_grad=1.0, dtype=torch.float32)
     rows = []
     for step in range(steps):
@@ -95,6 +97,7 @@ def train(layout: ParallelLayout, recompute: Recompute, steps: int, full: dict[s
         result = schedule.train_step(ddps, step_packs(step))
         optimizer.step()
         rows.append({"losses": [float(result.loss), *result.mtp_losses.tolist()], "norm": optimizer.grad_norm})
+    data_parallel.gather_weights(ddps)
     held = whole_weights(model, full)
     differences = {name: float((own - expected).abs().max()) for name, (own, expected) in held.items()}
     return {
@@ -113,12 +116,12 @@ def main() -> None:
     weights = folder / "reference.pt"
     full = torch.load(weights) if weights.exists() else None
     found = []
-    with pytest.MonkeyPatch.context() as patch:
-        if job["mutation"] is not None:
-            broken_layouts.BROKEN[job["mutation"]].patch(patch)
-        for each in job["layouts"]:
-            split = each["split"] | {"sequence_parallel": each["split"].get("sequence_parallel", False)}
-            found.append(train(ParallelLayout(**split), Recompute(**each["recompute"]), job["steps"], full))
+    for each in job["layouts"]:
+        with pytest.MonkeyPatch.context() as patch:
+            if each["broken"] is not None:
+                broken_layouts.BROKEN[each["broken"]].patch(patch)
+            layout, recompute = ParallelLayout(**each["split"]), Recompute(**each["recompute"])
+            found.append(train(layout, recompute, each["overlap"], job["steps"], full))
     held = [one.pop("held") for one in found]
     if full is None:
         torch.save(held[0], weights)
