@@ -94,7 +94,8 @@ class Step37Model(MegatronModule):
                 tp_group=self.pg_collection.tp,
             )
             if add_encoder:
-                self.vision_model = VisionTower(vision_transformer_config).to(config.params_dtype)
+                self.vision_model = VisionTower(vision_transformer_config, config.recompute.vision)
+                self.vision_model.to(config.params_dtype)
                 self.align_projector = nn.Linear(
                     vision_transformer_config.output_dim,
                     config.hidden_size,
