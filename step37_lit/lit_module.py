@@ -156,6 +156,8 @@ class Step37LitModule(pl.LightningModule):
                     callback.check(trainer, self)
         if datamodule is not None and hasattr(datamodule, "check"):
             datamodule.check(strategy.layout.data_parallel_size(trainer.world_size))
+        if datamodule is not None and hasattr(datamodule, "row_length"):
+            strategy.layout.check_row(*datamodule.row_length)
         if datamodule is not None and hasattr(datamodule, "config"):  # data made for a model: it must be this one
             theirs, own = datamodule.config, self.config
             require(theirs.tokens == own.tokens, "data: special tokens", own.tokens, theirs.tokens)

@@ -64,7 +64,7 @@ class MegatronStrategy(DDPStrategy):
         pipeline: Pipeline stages.
         virtual_pipeline: Model chunks of each stage (interleaved schedule), or None for one.
         expert: Ranks that share the routed experts.
-        context: Ranks that share each pack.
+        context: Ranks that share each pack's row.
         sequence_parallel: Split the residual stream over the tensor ranks between matrices.
         seed: Of megatron's random-number generators.
         cpu_threads: Threads of this process's operations on the CPU; None leaves torch's choice, one a core. Loader
@@ -124,8 +124,9 @@ class MegatronStrategy(DDPStrategy):
         return parallel_state.get_data_parallel_world_size()
 
     @property
-    def tensor_rank(self) -> int:
-        return parallel_state.get_tensor_model_parallel_rank()
+    def rank_of_stage(self) -> int:
+        """Number of this rank among those that share a pack on its pipeline stage; the first one writes for them."""
+        return parallel_state.get_tensor_and_context_parallel_rank()
 
     @property
     def is_last_stage(self) -> bool:
