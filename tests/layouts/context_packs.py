@@ -31,7 +31,7 @@ MODULE: dict[str, Any] = {
         "shared_expert_ffn_size": 32,
     },
     "vision": VISION | {"image_size": 84, "crop_size": 56},
-    "lr": 1e-3,
+    "lr": 2e-4,  # small: later steps would show how training amplifies rounding
     "warmup_steps": 3,
     "seed": 5,
 }

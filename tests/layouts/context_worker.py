@@ -1,8 +1,6 @@
 """Trains a small MoE with MTP layers and pictures on N ranks; writes what each rank saw, and its parameters.
 
 python tests/layouts/context_worker.py '{"folder": ..., "devices": 2, "strategy": {"context": 2}, "steps": 20, ...}'
-
-With `break` one of `BREAKS` is done to the code first, to see that the comparison notices.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 import lightning.pytorch as pl
 import torch
-from broken_context import BREAKS
 from context_packs import PicturePacks, module_arguments
 from megatron.core import parallel_state
 from torch import Tensor, nn
@@ -71,8 +68,6 @@ def share_of(model: Step37Model, name: str, parameter: Tensor) -> dict[str, Any]
 def main() -> None:
     job = json.loads(sys.argv[1])
     torch.set_num_threads(1)
-    if job["break"] is not None:
-        BREAKS[job["break"]]()
     folder = Path(job["folder"])
     record, count = Record(), CountImages()
     arguments = {"max_steps": job["steps"], "limit_val_batches": 1}
