@@ -160,6 +160,8 @@ class Step37LitModule(pl.LightningModule):
             datamodule.check(ranks)
             if hasattr(datamodule, "microbatches"):
                 strategy.layout.check_microbatches(datamodule.microbatches, ranks, "data.microbatches")
+        if datamodule is not None and hasattr(datamodule, "row_length"):
+            strategy.layout.check_row(*datamodule.row_length)
         if datamodule is not None and hasattr(datamodule, "config"):  # data made for a model: it must be this one
             theirs, own = datamodule.config, self.config
             require(theirs.tokens == own.tokens, "data: special tokens", own.tokens, theirs.tokens)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.transformer.moe.router import TopKRouter
 
-from step37_lit.megatron import cuda_names
+from step37_lit.megatron import cuda_names, vision_parallel
 from step37_lit.megatron.chunks import ModelChunks, chunks_of
 from step37_lit.model.step37_model import Step37Model
 
@@ -65,10 +65,15 @@ def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
 
 @torch.no_grad()
 def _finalize_gradients(chunks: list[Any], *args: Any, **kwargs: Any) -> None:
-    """megatron's reduction of the gradients; a frozen router keeps its bias too, which moves by the load alone."""
+    """megatron's reduction of the gradients, and that of the tower and projector over tensor ranks.
+
+    A frozen router keeps its bias too, which moves by the load alone.
+    """
     routers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, TopKRouter) and m.enable_expert_bias]
     kept = [(router.expert_bias, router.expert_bias.clone()) for router in routers if not router.weight.requires_grad]
     finalize_model_grads(chunks, *args, **kwargs)
+    for chunk in chunks:
+        vision_parallel.sum_gradients((chunk.module.vision_model, chunk.module.align_projector))
     for bias, value in kept:
         bias.copy_(value)
 

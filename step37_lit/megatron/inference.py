@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor
 
 from step37_lit.batch import ImageForInsert, PackedBatch
+from step37_lit.config import require
 from step37_lit.megatron.chunks import ModelChunks, chunks_of
 from step37_lit.model.kv_cache import KVCache
 from step37_lit.model.step37_model import Step37Model
@@ -24,7 +25,13 @@ from step37_lit.model.step37_model import Step37Model
 
 @contextmanager
 def inference_mode(model: Step37Model | ModelChunks) -> Iterator[None]:
-    """Evaluation without gradients, and without sequence parallelism: a step has as many tokens as there are rows."""
+    """Evaluation without gradients, and without sequence parallelism: a step has as many tokens as there are rows.
+
+    Raises:
+        ConfigError: context ranks share the rows: a step has one token of each.
+    """
+    advice = "1 to generate (context ranks cannot share one token): use a layout without it, or no CaptionMetrics"
+    require(model.config.context_parallel_size == 1, "strategy.context", advice, model.config.context_parallel_size)
     # megatron's own switch asks for attributes of its GPT model. The linear layers and the configuration have the flag.
     linears = [m for m in model.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
     split: list[Any] = [part for part in (model.config, *linears) if part.sequence_parallel]

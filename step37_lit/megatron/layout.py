@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ class ParallelLayout:
             the (v x pipeline + p)-th piece of the decoder.
         pipeline_layout: Decoder layers of each piece, in the model's order; None splits them evenly.
         expert: Ranks that share the routed experts.
-        context: Ranks that share each pack.
+        context: Ranks that share each pack's row.
         sequence_parallel: Split the residual stream over the tensor ranks between matrices.
     """
 
@@ -64,6 +65,32 @@ class ParallelLayout:
             advice = f"a multiple of pipeline {self.pipeline} x {ranks} data-parallel ranks (virtual stages)"
             require(microbatches % step == 0, field, f"{advice} (nearest: {nearest})", microbatches)
 
+    @property
+    def row_multiple(self) -> int:
+        """What the tokens of a pack must be a multiple of: two chunks a context rank, and a context rank's share over
+        the tensor ranks under sequence parallelism."""
+        chunks = 2 * self.context if self.context > 1 else 1
+        shares = self.context * self.tensor if self.sequence_parallel else 1
+        return math.lcm(chunks, shares)
+
+    def check_row(self, field_name: str, tokens: int | None) -> None:
+        """Refuses packs that cannot be shared.
+
+        Args:
+            field_name: Field of the recipe that sets their length.
+            tokens: Length of every pack; None where packs differ.
+
+        Raises:
+            ConfigError: packs of a length that does not divide, or of no fixed one where it must.
+        """
+        multiple = self.row_multiple
+        if multiple == 1:
+            return
+        nearest = multiple if tokens is None else max(1, round(tokens / multiple)) * multiple
+        parts = f"strategy.context {self.context}, tensor {self.tensor}, sequence_parallel {self.sequence_parallel}"
+        fits = tokens is not None and tokens % multiple == 0
+        require(fits, field_name, f"a multiple of {multiple} ({parts}), such as {nearest}", tokens)
+
     def validate(self, config: Step37Config, world_size: int) -> None:
         """Refuses a layout that cannot work, before any process group is made.
 
@@ -72,7 +99,6 @@ class ParallelLayout:
         """
         for name in ("tensor", "pipeline", "expert", "context"):
             require(getattr(self, name) >= 1, f"strategy.{name}", "1 or more", getattr(self, name))
-        self._check_built()
         size = self.model_parallel_size
         require(
             world_size % size == 0,
@@ -103,10 +129,6 @@ class ParallelLayout:
             "false with strategy.tensor 1",
             self.sequence_parallel,
         )
-
-    def _check_built(self) -> None:
-        """Parts of the layouts that later versions bring; refused here so that nothing trains on wrong numbers."""
-        require(self.context == 1, "strategy.context", "1 (context parallelism is not there yet)", self.context)
 
     def _check_pieces(self, num_layers: int) -> None:
         virtual, pieces = self.virtual_pipeline, self.pieces

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from step37_lit.batch import PackedBatch
 from step37_lit.config import require
 from step37_lit.megatron import cuda_names
+from step37_lit.megatron.context import gather_row, split_row
 from step37_lit.model.packing import following
 
 
@@ -105,8 +106,9 @@ def train_step(chunks: Sequence[nn.Module], microbatches: Sequence[PackedBatch],
     sums = run_schedule(chunks, microbatches, _losses, partial(_loss_sum, weights), forward_only=False)
     counts = torch.zeros(4, dtype=torch.float64, device=microbatches[0].input_ids.device)
     heads = torch.zeros(2, 1 + layers, dtype=torch.float64, device=counts.device)  # sums of the losses, tokens
-    if sums and parallel_state.get_tensor_model_parallel_rank() == 0:  # others see the same packs: counted once
+    if sums and parallel_state.get_tensor_model_parallel_rank() == 0:  # tensor ranks have the same losses
         heads = torch.stack([torch.stack(of_pack) for of_pack in sums]).double().sum(0)
+    if sums and parallel_state.get_tensor_and_context_parallel_rank() == 0:  # one of the ranks that share the packs
         counts[0] = sum(pack.num_tokens for pack in microbatches)
         counts[1] = sum(pack.input_ids.numel() for pack in microbatches)
         counts[2] = sum(pack.num_images for pack in microbatches)
@@ -162,7 +164,7 @@ def _losses(model: nn.Module, pack: PackedBatch) -> Tensor:
 
 
 def _loss_sum(weights: Tensor, pack: PackedBatch, losses: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    learnt = _learnt(pack, len(losses) - 1)
+    learnt = split_row(_learnt(pack, len(losses) - 1), dim=1)
     totals, tokens = (losses * learnt).sum(1), learnt.sum(1)
     return (totals * weights).sum(), tokens[0].to(torch.int32), (totals.detach(), tokens)
 
@@ -173,7 +175,9 @@ def _logits(model: nn.Module, pack: PackedBatch) -> Tensor:
 
 def _loss_and_argmax(pack: PackedBatch, logits: Tensor) -> tuple[Tensor, Tensor, tuple[PackedBatch, Tensor, Tensor]]:
     predictions = _vocab_parallel_argmax(logits)  # first: the cross entropy overwrites the logits
-    losses = vocab_parallel_cross_entropy(logits.float().transpose(0, 1), pack.labels.transpose(0, 1)).transpose(0, 1)
+    labels = split_row(pack.labels, dim=1)
+    losses = vocab_parallel_cross_entropy(logits.float().transpose(0, 1), labels.transpose(0, 1)).transpose(0, 1)
+    losses, predictions = (gather_row(row[0])[None] for row in (losses, predictions))
     tokens = pack.loss_mask.sum().to(torch.int32)
     return (losses * pack.loss_mask).sum(), tokens, (pack, losses, predictions)
 

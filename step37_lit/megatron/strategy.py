@@ -68,7 +68,7 @@ class MegatronStrategy(DDPStrategy):
         pipeline_layout: Decoder layers of each piece in the model's order, pipeline x virtual_pipeline numbers; None
             splits them evenly.
         expert: Ranks that share the routed experts.
-        context: Ranks that share each pack.
+        context: Ranks that share each pack's row.
         sequence_parallel: Split the residual stream over the tensor ranks between matrices.
         recompute: `none` keeps all activations; `selective` computes core attention and SwiGLUs again in the backward
             pass, `full` whole layers.
@@ -143,8 +143,9 @@ class MegatronStrategy(DDPStrategy):
         return parallel_state.get_data_parallel_world_size()
 
     @property
-    def tensor_rank(self) -> int:
-        return parallel_state.get_tensor_model_parallel_rank()
+    def rank_of_stage(self) -> int:
+        """Number of this rank among those that share a pack on its pipeline stage; the first one writes for them."""
+        return parallel_state.get_tensor_and_context_parallel_rank()
 
     @property
     def is_last_stage(self) -> bool:

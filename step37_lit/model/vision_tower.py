@@ -134,7 +134,8 @@ class VisionTransformer(nn.Module):
 class VisionTower(nn.Module):
     """Pixels to the features that fusion inserts into the text.
 
-    The tower is the same on every tensor rank: it is small beside the decoder.
+    The tower is the same on every rank of the first pipeline stage: it is small beside the decoder. Ranks that share a
+    pack encode different images of it.
 
     Args:
         config: Its sizes.
