@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 RECIPE ?= recipes/scenes_tiny.yaml
 
-.PHONY: fit test test-slow checks mutations clean
+.PHONY: fit test test-slow checks mutations layouts clean
 
 # The main job: a small Step-3.7 learns to describe rendered pictures.
 fit: $(VENV)/.run
@@ -27,6 +27,10 @@ checks: $(VENV)/.dev
 # Table of what the parity tests notice when a feature is taken out of the model.
 mutations: $(VENV)/.dev
 	$(BIN)/python -W ignore -m tests.parity.mutations
+
+# Every layout on up to four ranks against one rank; writes the table of docs/layouts.md.
+layouts: $(VENV)/.dev
+	$(BIN)/python -W ignore tests/layouts/table.py $(ARGS)
 
 clean:
 	rm -rf $(VENV)

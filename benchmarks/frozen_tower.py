@@ -62,8 +62,8 @@ class Side:
             part_of = {parameter: group for group, names in groups.items() for parameter in names}
         else:
             self.model.freeze(freeze_vision_model=True)
-        self.ddp = data_parallel.wrap(self.model)
-        self.optimizer = ForwardingOptimizer(self.ddp, AdamWSettings(1e-4), 1.0, torch.float32, part_of)
+        (self.ddp,) = data_parallel.wrap(self.model)
+        self.optimizer = ForwardingOptimizer([self.ddp], AdamWSettings(1e-4), 1.0, torch.float32, part_of)
         if part_of is not None:
             rates = [group["lr"] for group in self.optimizer.param_groups]
             factors = {"vision_tower": FACTORS[name], "projector": 1.0, "text_decoder": 1.0}
@@ -72,7 +72,7 @@ class Side:
     def step(self) -> float:
         self.ddp.zero_grad_buffer()
         self.optimizer.clear_gradients()
-        loss = schedule.train_step(self.ddp, [self.pack]).loss
+        loss = schedule.train_step([self.ddp], [self.pack]).loss
         self.optimizer.step()
         return float(loss)
 

@@ -36,13 +36,13 @@ class BareLoop:
     def __init__(self, config: Step37Config):
         process.initialize()
         model = build_model(config)
-        self.ddp = data_parallel.wrap(model)
-        self.optimizer = ForwardingOptimizer(self.ddp, AdamWSettings(lr=1e-3), clip_grad=1.0, dtype=torch.float32)
+        (self.ddp,) = data_parallel.wrap(model)
+        self.optimizer = ForwardingOptimizer([self.ddp], AdamWSettings(lr=1e-3), clip_grad=1.0, dtype=torch.float32)
 
     def step(self, packs: list[PackedBatch]) -> float:
         self.ddp.zero_grad_buffer()
         self.optimizer.clear_gradients()
-        sums = schedule.run_schedule(self.ddp, packs, forward, finish, forward_only=False)
+        sums = schedule.run_schedule([self.ddp], packs, forward, finish, forward_only=False)
         with cuda_names.cpu_for_cuda():
             self.optimizer.megatron.step()
         return sum(float(total) for total, _ in sums) / sum(int(tokens) for _, tokens in sums)

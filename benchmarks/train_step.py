@@ -88,13 +88,13 @@ def mixed_samples(config: Step37Config, number: int) -> list[Sample]:
 def our_step(folder: str, samples: list[Sample]) -> tuple[Callable[[], float], PackedBatch, Step37Config]:
     model = load_hub_model(folder)
     pack = PackedBatch.from_samples(samples)
-    ddp = data_parallel.wrap(model)
-    optimizer = ForwardingOptimizer(ddp, AdamWSettings(LR, WEIGHT_DECAY, BETAS), clip_grad=1.0, dtype=torch.float32)
+    (ddp,) = data_parallel.wrap(model)
+    optimizer = ForwardingOptimizer([ddp], AdamWSettings(LR, WEIGHT_DECAY, BETAS), clip_grad=1.0, dtype=torch.float32)
 
     def step() -> float:
         ddp.zero_grad_buffer()
         optimizer.clear_gradients()
-        loss = schedule.train_step(ddp, [pack]).loss
+        loss = schedule.train_step([ddp], [pack]).loss
         optimizer.step()
         return float(loss)
 

@@ -78,6 +78,8 @@ class FreezeSchedule(pl.Callback):
         """
         frozen = any(module.frozen)
         require(not frozen, "model.freeze_*", "false with a FreezeSchedule (leave the part out of its stages)", frozen)
+        overlaps = trainer.strategy.overlap_data_parallel
+        require(not overlaps, "strategy.overlap_data_parallel", "false with a FreezeSchedule", overlaps)
         self._split(module.config)
         for index, stage in enumerate(self.stages):
             if stage.plateau is not None:

@@ -75,7 +75,7 @@ class SampleSheet(pl.Callback):
         # Every rank takes part in the forward pass; the first one that has the predictions writes.
         evaluated = pl_module.strategy.evaluate_step(self._packs)
         strategy = pl_module.strategy
-        if evaluated and strategy.data_parallel_rank == 0 and strategy.tensor_rank == 0:
+        if evaluated and strategy.data_parallel_rank == 0 and strategy.rank_of_stage == 0:
             tokenizer = trainer.datamodule.processor.tokenizer
             captions = [c for pack, _, predicted in evaluated for c in captions_of(pack, predicted, tokenizer)]
             folder = Path(trainer.default_root_dir) / "pictures"

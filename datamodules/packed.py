@@ -154,6 +154,11 @@ class PackedDataModule(pl.LightningDataModule):
             self._check_known_bad(split)
 
     @property
+    def row_length(self) -> tuple[str, int]:
+        """Field that sets the tokens of every pack, and their number."""
+        return "data.max_length", self.max_length
+
+    @property
     def has_validation(self) -> bool:
         return bool(self.val_configs) or self.val_share > 0
 

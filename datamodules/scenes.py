@@ -244,6 +244,11 @@ class ScenesDataModule(pl.LightningDataModule):
         """Raises `ConfigError` unless every one of `ranks` data-parallel ranks gets as many packs."""
         check_ranks(self.microbatches, ranks)
 
+    @property
+    def row_length(self) -> tuple[str, int | None]:
+        """Field that sets the tokens of every pack, and their number; None where packs differ."""
+        return "data.pad_to", self.pad_to
+
     def references(self, key: str) -> list[str]:
         """Every paraphrase of the caption of a sample."""
         return [caption_text(pieces) for pieces in captions(self._scene(key))]

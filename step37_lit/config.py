@@ -84,13 +84,16 @@ class VisionConfig:
         """Channels behind the second downsampler."""
         return 4 * self.width
 
-    def num_tokens(self, side: int) -> int:
-        """Tokens that a square image of `side` pixels becomes: 169 for 728, 81 for 504."""
-        require(side > 0 and side % self.patch_size == 0, "image side", f"a multiple of {self.patch_size}", side)
-        grid = side // self.patch_size
-        for _ in range(2):
-            grid = (grid + 1) // 2  # a 3x3 convolution with stride 2 and padding 1
-        return grid * grid
+    def num_tokens(self, height: int, width: int | None = None) -> int:
+        """Tokens that an image of these pixels becomes, a square one without `width`: 169 for 728, 81 for 504."""
+        tokens = 1
+        for side in (height, height if width is None else width):
+            require(side > 0 and side % self.patch_size == 0, "image side", f"a multiple of {self.patch_size}", side)
+            patches = side // self.patch_size
+            for _ in range(2):
+                patches = (patches + 1) // 2  # a 3x3 convolution with stride 2 and padding 1
+            tokens *= patches
+        return tokens
 
     def __post_init__(self) -> None:
         for name in ("width", "num_layers", "num_heads", "ffn_hidden_size", "image_size", "crop_size", "patch_size"):

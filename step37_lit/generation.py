@@ -18,6 +18,7 @@ from torch import Tensor
 from step37_lit.batch import PackedBatch, Sample
 from step37_lit.beam_search import BeamSearch
 from step37_lit.config import require
+from step37_lit.megatron.chunks import ModelChunks
 from step37_lit.megatron.inference import RowDecoder, any_expert_rank, idle, inference_mode
 from step37_lit.model.step37_model import Step37Model
 from step37_lit.sampling import GenerationSettings, choose, draws, restricted
@@ -63,10 +64,11 @@ class Generator:
         batch_size: Rows that are decoded together (prompts x samples or beams).
     """
 
-    def __init__(self, model: Step37Model, tokenizer: Step37Tokenizer, batch_size: int = 16):
+    def __init__(self, model: Step37Model | ModelChunks, tokenizer: Step37Tokenizer, batch_size: int = 16):
         require(batch_size > 0, "batch_size", "a positive number", batch_size)
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        self.end_tokens = model.step37.tokens.eos
+        self.config = model.config.step37
+        self.end_tokens = self.config.tokens.eos
         self._device = next(model.parameters()).device
 
     def generate(
@@ -117,7 +119,7 @@ class Generator:
                     shown = stable
 
     def _check(self, prompts: Sequence[Sample], settings: GenerationSettings) -> None:
-        limit = self.model.step37.text.max_position
+        limit = self.config.text.max_position
         for prompt in prompts:
             total = len(prompt) + settings.max_new_tokens
             require(total <= limit, f"prompt {prompt.key} + max_new_tokens", f"at most {limit} tokens", total)
@@ -190,7 +192,7 @@ class Generator:
         return ends
 
     def _allowed(self, logits: Tensor, settings: GenerationSettings, histories: Sequence[Sequence[int]]) -> Tensor:
-        places = torch.tensor(self.model.step37.tokens.of_pictures, device=logits.device)
+        places = torch.tensor(self.config.tokens.of_pictures, device=logits.device)
         return restricted(logits, settings, histories).index_fill(1, places, -torch.inf)
 
     def _beams(self, batch: Sequence[Sample], settings: GenerationSettings) -> list[list[Completion]]:

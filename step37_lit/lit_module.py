@@ -18,7 +18,7 @@ from step37_lit.evaluation import EvaluationSums, swap_images
 from step37_lit.flops import training_flops
 from step37_lit.lr_schedule import WarmupCosine
 from step37_lit.megatron import process
-from step37_lit.megatron.build import build_model
+from step37_lit.megatron.build import build_stage
 from step37_lit.megatron.layout import ParallelLayout
 from step37_lit.megatron.optimizer import AdamWSettings, check_patterns
 from step37_lit.megatron.schedule import StepResult
@@ -122,13 +122,14 @@ class Step37LitModule(pl.LightningModule):
         if not attached:
             process.initialize(layout)
         if self.hub is None:
-            self.model = build_model(self.config, layout, dtype, seed=self.seed)
+            recompute = self.strategy.recompute if attached else None
+            self.model = build_stage(self.config, layout, dtype, recompute, self.seed)
         else:
             from step37_lit.hub.load import load_hub_model
 
             ranks = layout.model_parallel_size * layout.expert
             require(ranks == 1, "model.hub", "a model that is not split (weights are loaded whole)", f"{ranks} ranks")
-            self.model = load_hub_model(self.hub, dtype, self.config)
+            self.model = load_hub_model(self.hub, dtype, self.config, self.strategy.recompute if attached else None)
         self.model.freeze(*self.frozen)
 
     def configure_optimizers(self) -> Any:
@@ -155,7 +156,12 @@ class Step37LitModule(pl.LightningModule):
                 if hasattr(callback, "check"):
                     callback.check(trainer, self)
         if datamodule is not None and hasattr(datamodule, "check"):
-            datamodule.check(strategy.layout.data_parallel_size(trainer.world_size))
+            ranks = strategy.layout.data_parallel_size(trainer.world_size)
+            datamodule.check(ranks)
+            if hasattr(datamodule, "microbatches"):
+                strategy.layout.check_microbatches(datamodule.microbatches, ranks, "data.microbatches")
+        if datamodule is not None and hasattr(datamodule, "row_length"):
+            strategy.layout.check_row(*datamodule.row_length)
         if datamodule is not None and hasattr(datamodule, "config"):  # data made for a model: it must be this one
             theirs, own = datamodule.config, self.config
             require(theirs.tokens == own.tokens, "data: special tokens", own.tokens, theirs.tokens)

@@ -70,8 +70,8 @@ def test_the_objective_is_the_main_loss_and_the_weighted_mean_of_the_others(one_
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
 
-    ddp = data_parallel.wrap(model)
-    result = schedule.train_step(ddp, batches)
+    (ddp,) = data_parallel.wrap(model)
+    result = schedule.train_step([ddp], batches)
     assert float(result.loss) == pytest.approx(float(means[0]), rel=1e-6)
     assert result.mtp_losses.tolist() == pytest.approx(means[1:].tolist(), rel=1e-6)
     assert result.learnt_tokens == int(counts[0])
@@ -91,7 +91,7 @@ def test_the_main_loss_is_the_same_with_and_without(one_rank: None) -> None:
         logits = [model(**batches[0].model_inputs(labels=False)) for model in models]
     assert torch.equal(*rows) and torch.equal(*logits) and rows[0].shape == (1, 72)
     wrapped = [data_parallel.wrap(model) for model in models]
-    results = [schedule.train_step(ddp, batches) for ddp in wrapped]
+    results = [schedule.train_step(ddps, batches) for ddps in wrapped]
     assert results[0].loss == results[1].loss
     assert [len(result.mtp_losses) for result in results] == [2, 0]
     on = dict(models[0].named_parameters())
@@ -101,8 +101,8 @@ def test_the_main_loss_is_the_same_with_and_without(one_rank: None) -> None:
 
 def test_samples_that_are_too_short_have_no_mtp_loss(one_rank: None) -> None:
     sample = Sample("short", torch.tensor([11, 12, 13]), torch.tensor([0.0, 0.0, 1.0]))
-    ddp = data_parallel.wrap(build_model(tiny().config, seed=5))
-    result = schedule.train_step(ddp, [PackedBatch.from_samples([sample, sample])])
+    (ddp,) = data_parallel.wrap(build_model(tiny().config, seed=5))
+    result = schedule.train_step([ddp], [PackedBatch.from_samples([sample, sample])])
     assert torch.isfinite(result.loss) and torch.isfinite(result.mtp_losses[0])
     assert torch.isnan(result.mtp_losses[1])
     assert all(torch.isfinite(parameter.main_grad).all() for parameter in ddp.module.parameters())

@@ -14,6 +14,7 @@ from step37_lit.hub.names import Row, name_table
 from step37_lit.hub.safetensors_folder import SafetensorsFolder
 from step37_lit.megatron import process
 from step37_lit.megatron.build import build_model
+from step37_lit.model.recompute import Recompute
 from step37_lit.model.step37_model import Step37Model
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,10 @@ def _first(names: list[str], count: int = 3) -> str:
 
 
 def load_hub_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, config: Step37Config | None = None
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    config: Step37Config | None = None,
+    recompute: Recompute | None = None,
 ) -> Step37Model:
     """Builds the model of a hub folder on this process (one rank) and loads its weights.
 
@@ -72,6 +76,7 @@ def load_hub_model(
         path: Folder with `config.json` and safetensors, one file or shards with an index.
         dtype: Of the parameters; the router's bias is always fp32.
         config: The model, where it is not quite the folder's; None reads it there.
+        recompute: What training computes again in its backward pass; None is nothing.
 
     Raises:
         ConfigError: config and tensors do not fit: unknown fields, missing or unexpected tensors, wrong shapes.
@@ -85,7 +90,7 @@ def load_hub_model(
                 folder.check_shape(tensor.name, tensor.shape)
         _say_what_mtp_becomes(config, plan, path)
         process.initialize()
-        model = build_model(config, dtype=dtype, seed=None)
+        model = build_model(config, dtype=dtype, seed=None, recompute=recompute)
         weights = loadable_weights(model)
         differing = sorted(set(weights) ^ set(plan.rows))
         if differing:

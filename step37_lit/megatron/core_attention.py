@@ -3,7 +3,8 @@
 T = tokens of the pack, N = query heads, G = key/value heads, D = head_dim.
 
 Both take q [T, N, D], k and v [T, G, D] of one pack and mask by its borders: a token sees the tokens of its own
-sub-sequence up to itself, on sliding layers the last `window` of them.
+sub-sequence up to itself, on sliding layers the last `window` of them. Of a pack that is shared by context ranks they
+take this rank's tokens, and gather the keys and values of the others.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from step37_lit.config import require
+from step37_lit.megatron.context import ContextSeqParams, gather_row
 
 AttentionBackend = Literal["auto", "sdpa", "flash"]
 
 
 class CoreAttention(nn.Module):
-    """What both back ends share: the step of decoding, where every row has one query.
+    """What both back ends share: context parallelism, and the step of decoding, where every row has one query.
 
     Args:
         softmax_scale: Factor on the logits.
@@ -32,6 +34,32 @@ class CoreAttention(nn.Module):
     def __init__(self, softmax_scale: float):
         super().__init__()
         self.softmax_scale = softmax_scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, packed_seq_params: PackedSeqParams) -> Tensor:
+        """[T, N, D] of q [T, N, D], k and v [T, G, D]; T is this rank's share of the pack."""
+        if not isinstance(packed_seq_params, ContextSeqParams):
+            return self.attend(query, key, value, packed_seq_params)
+        keys, values = gather_row(torch.stack((key, value), dim=1)).unbind(1)
+        chunks = packed_seq_params.chunks
+        return torch.cat(
+            [
+                self.attend(q, keys[chunk.first_key : chunk.end], values[chunk.first_key : chunk.end], chunk.borders)
+                for q, chunk in zip(query.chunk(len(chunks)), chunks, strict=True)
+            ]
+        )
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, borders: PackedSeqParams) -> Tensor:
+        """Attention of sub-sequences, each of whose queries are the last of its keys.
+
+        Args:
+            query: [queries, N, D].
+            key, value: [keys, G, D].
+            borders: Of queries (`cu_seqlens_q`) and keys (`cu_seqlens_kv`).
+
+        Returns:
+            [queries, N, D].
+        """
+        raise NotImplementedError
 
     def attend_rows(self, query: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
         """One query for each of R rows over C cached positions.
@@ -57,8 +85,8 @@ class SDPACoreAttention(CoreAttention):
     Args:
         softmax_scale: Factor on the logits.
         window: Keys that a query sees, itself included; None for all before it.
-        cp_comm_type: megatron's name for the communication of context parallelism; not used by one context rank.
-        pg_collection: megatron's process groups; not used by one context rank.
+        cp_comm_type: megatron's name for ways of context parallelism, of which there is one here; not used.
+        pg_collection: megatron's process groups; not used.
     """
 
     def __init__(
@@ -71,34 +99,30 @@ class SDPACoreAttention(CoreAttention):
         super().__init__(softmax_scale)
         self.window = window
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, packed_seq_params: PackedSeqParams) -> Tensor:
-        """[T, N, D]."""
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, borders: PackedSeqParams) -> Tensor:
+        lengths_q, lengths_k = borders.cu_seqlens_q.diff().tolist(), borders.cu_seqlens_kv.diff().tolist()
         repeats = query.shape[1] // key.shape[1]
-        # [N, T, D]; the kernel for CPUs has no grouped heads
-        q = query.transpose(0, 1)
-        k = key.transpose(0, 1).repeat_interleave(repeats, dim=0)
-        v = value.transpose(0, 1).repeat_interleave(repeats, dim=0)
-        pieces = [
-            self._attend(q_i, k_i, v_i)
-            for q_i, k_i, v_i in zip(q.split(lengths, 1), k.split(lengths, 1), v.split(lengths, 1), strict=True)
-            if q_i.shape[1] > 0
-        ]
+        # [N, tokens, D]; the kernel for CPUs has no grouped heads
+        q = query.transpose(0, 1).split(lengths_q, 1)
+        k = key.transpose(0, 1).repeat_interleave(repeats, dim=0).split(lengths_k, 1)
+        v = value.transpose(0, 1).repeat_interleave(repeats, dim=0).split(lengths_k, 1)
+        pieces = [self._attend(q_i, k_i, v_i) for q_i, k_i, v_i in zip(q, k, v, strict=True) if q_i.shape[1] > 0]
         return torch.cat(pieces, dim=1).transpose(0, 1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One sub-sequence, [N, L, D]."""
-        length = q.shape[1]
-        if self.window is None or length <= self.window:
+        """One sub-sequence: q [N, L, D] are the last of k and v [N, before + L, D]."""
+        length, before = q.shape[1], k.shape[1] - q.shape[1]
+        window = k.shape[1] if self.window is None else self.window
+        if before == 0 and length <= window:
             return self._sdpa(q, k, v, mask=None)
         blocks = []
-        for start in range(0, length, self.window):
-            end = min(start + self.window, length)
-            first = max(0, start - self.window + 1)
+        for start in range(before, before + length, window):
+            end = min(start + window, before + length)
+            first = max(0, start - window + 1)
             queries = torch.arange(start, end, device=q.device)[:, None]
             keys = torch.arange(first, end, device=q.device)[None]
-            mask = (keys <= queries) & (keys > queries - self.window)
-            blocks.append(self._sdpa(q[:, start:end], k[:, first:end], v[:, first:end], mask))
+            mask = (keys <= queries) & (keys > queries - window)
+            blocks.append(self._sdpa(q[:, start - before : end - before], k[:, first:end], v[:, first:end], mask))
         return torch.cat(blocks, dim=1)
 
     def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -123,20 +147,19 @@ class FlashCoreAttention(CoreAttention):
         # flash-attn counts the keys to the left of the query, without the query itself; -1 is no limit
         self.window_size = (-1, 0) if window is None else (window - 1, 0)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, packed_seq_params: PackedSeqParams) -> Tensor:
-        """[T, N, D]."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, borders: PackedSeqParams) -> Tensor:
         from flash_attn import flash_attn_varlen_func
 
         return flash_attn_varlen_func(
             query,
             key,
             value,
-            cu_seqlens_q=packed_seq_params.cu_seqlens_q,
-            cu_seqlens_k=packed_seq_params.cu_seqlens_kv,
-            max_seqlen_q=packed_seq_params.max_seqlen_q,
-            max_seqlen_k=packed_seq_params.max_seqlen_kv,
+            cu_seqlens_q=borders.cu_seqlens_q,
+            cu_seqlens_k=borders.cu_seqlens_kv,
+            max_seqlen_q=borders.max_seqlen_q,
+            max_seqlen_k=borders.max_seqlen_kv,
             softmax_scale=self.softmax_scale,
-            causal=True,
+            causal=True,  # as here, with fewer queries than keys: the last query sees the last key
             window_size=self.window_size,
         )
 

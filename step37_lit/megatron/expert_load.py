@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
+from step37_lit.megatron.chunks import ModelChunks, chunks_of
 from step37_lit.model.experts import Router
 from step37_lit.model.step37_model import Step37Model
 
@@ -42,8 +43,8 @@ class ExpertLoadRecording:
         model: This rank's part.
     """
 
-    def __init__(self, model: Step37Model):
-        self._model, self._text = model, model.step37.text
+    def __init__(self, model: Step37Model | ModelChunks):
+        self._model, self._text = model, model.config.step37.text
         self._counts: dict[int, Tensor] = {}  # by layer, of this rank
         self._finalize = model.config.finalize_model_grads_func
         model.config.finalize_model_grads_func = self._read_and_finalize
@@ -55,8 +56,8 @@ class ExpertLoadRecording:
 
     def _routers(self) -> dict[int, Router]:
         """This stage's routers by the number of their layer."""
-        assert self._model.decoder is not None
-        layers = [layer for layer in self._model.decoder.layers if isinstance(layer.mlp, MoELayer)]
+        decoders: list[Any] = [chunk.decoder for chunk in chunks_of(self._model)]
+        layers = [layer for decoder in decoders for layer in decoder.layers if isinstance(layer.mlp, MoELayer)]
         return {layer.layer_number - 1: layer.mlp.router for layer in layers}
 
     def gather(self) -> list[LayerLoad]:

@@ -16,14 +16,22 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
-from step37_lit.batch import PackedBatch
+from step37_lit.batch import ImageForInsert, PackedBatch
+from step37_lit.config import require
+from step37_lit.megatron.chunks import ModelChunks, chunks_of
 from step37_lit.model.kv_cache import KVCache
 from step37_lit.model.step37_model import Step37Model
 
 
 @contextmanager
-def inference_mode(model: Step37Model) -> Iterator[Step37Model]:
-    """Evaluation without gradients, and without sequence parallelism: a step has as many tokens as there are rows."""
+def inference_mode(model: Step37Model | ModelChunks) -> Iterator[None]:
+    """Evaluation without gradients, and without sequence parallelism: a step has as many tokens as there are rows.
+
+    Raises:
+        ConfigError: context ranks share the rows: a step has one token of each.
+    """
+    advice = "1 to generate (context ranks cannot share one token): use a layout without it, or no CaptionMetrics"
+    require(model.config.context_parallel_size == 1, "strategy.context", advice, model.config.context_parallel_size)
     # megatron's own switch asks for attributes of its GPT model. The linear layers and the configuration have the flag.
     linears = [m for m in model.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
     split: list[Any] = [part for part in (model.config, *linears) if part.sequence_parallel]
@@ -31,8 +39,9 @@ def inference_mode(model: Step37Model) -> Iterator[Step37Model]:
     try:
         for part in split:
             part.sequence_parallel = False
+        model.eval()
         with torch.no_grad():
-            yield model.eval()
+            yield
     finally:
         for part in split:
             part.sequence_parallel = True
@@ -47,15 +56,13 @@ class RowDecoder:
         capacity: Tokens of the longest row, prompt and continuation together.
     """
 
-    def __init__(self, model: Step37Model, capacity: int):
-        self.model, self.cache = model, KVCache(capacity)
+    def __init__(self, model: Step37Model | ModelChunks, capacity: int):
+        self.config = model.config
+        self.chunks = [(chunk, KVCache(capacity)) for chunk in chunks_of(model)]
 
     def prefill(self, prompts: PackedBatch) -> Tensor:
         """The prompts of a pack without padding, a row each: fp32 [R, V]."""
-        inputs = prompts.model_inputs(labels=False)
-        if not self.model.pre_process:
-            inputs["images"] = []
-        return self._forward(**inputs)
+        return self._forward(**prompts.model_inputs(labels=False))
 
     def step(self, tokens: Tensor) -> Tensor:
         """One more token for each row, int64 [R]: fp32 [R, V]."""
@@ -64,22 +71,25 @@ class RowDecoder:
 
     def select(self, rows: Tensor) -> None:
         """Goes on with these rows, int64 [any]; see `KVCache.select`."""
-        self.cache.select(rows)
+        for _, cache in self.chunks:
+            cache.select(rows)
 
-    def _forward(self, input_ids: Tensor, **inputs: object) -> Tensor:
-        model = self.model
-        stages = parallel_state.get_pipeline_model_parallel_world_size()
-        if not model.pre_process:
-            shape = (input_ids.shape[1], 1, model.config.hidden_size)
-            hidden = torch.empty(shape, dtype=model.config.params_dtype, device=input_ids.device)
-            dist.recv(hidden, src=parallel_state.get_pipeline_model_parallel_prev_rank())
-            model.set_input_tensor(hidden)
-        out = model(input_ids=input_ids, inference_context=self.cache, runtime_gather_output=True, **inputs)
-        if not model.post_process:
-            dist.send(out.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank())
-        if stages == 1:
+    def _forward(self, input_ids: Tensor, images: list[ImageForInsert] | None = None, **inputs: object) -> Tensor:
+        # Virtual stage by virtual stage: the last rank hands what it has to the first one's next chunk.
+        for model, cache in self.chunks:
+            if not model.pre_process:
+                shape = (input_ids.shape[1], 1, self.config.hidden_size)
+                hidden = torch.empty(shape, dtype=self.config.params_dtype, device=input_ids.device)
+                dist.recv(hidden, src=parallel_state.get_pipeline_model_parallel_prev_rank())
+                model.set_input_tensor(hidden)
+            own = images if model.pre_process else []
+            context = {"inference_context": cache, "runtime_gather_output": True}
+            out = model(input_ids=input_ids, images=own, **context, **inputs)
+            if not model.post_process:
+                dist.send(out.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank())
+        if parallel_state.get_pipeline_model_parallel_world_size() == 1:
             return out[0].float()
-        logits = out.new_empty((self.cache.num_rows, model.step37.text.vocab_size), dtype=torch.float32)
+        logits = out.new_empty((cache.num_rows, self.config.step37.text.vocab_size), dtype=torch.float32)
         if model.post_process:
             logits.copy_(out[0])
         last = parallel_state.get_pipeline_model_parallel_last_rank()
@@ -98,7 +108,7 @@ def any_expert_rank(flag: bool) -> bool:
     return bool(held)
 
 
-def idle(model: Step37Model) -> None:
+def idle(model: Step37Model | ModelChunks) -> None:
     """A pass over one token for a rank without rows, while others of its experts' ranks have some."""
     device = next(model.parameters()).device
     borders = torch.tensor([0, 1], dtype=torch.int32, device=device)

@@ -89,8 +89,14 @@ def _draw_split(module: nn.Module, name: str, std: float, seed: int) -> None:
     shape[dim] *= ranks
     full = torch.empty(shape, dtype=torch.float32, device=weight.device)
     full.normal_(0.0, std, generator=_generator(name, seed, weight.device))
-    blocks = full.chunk(weight.partition_stride, dim=dim)
-    weight.copy_(torch.cat([block.chunk(ranks, dim=dim)[rank] for block in blocks], dim=dim))
+    weight.copy_(tensor_share(weight, full, ranks, rank))
+
+
+def tensor_share(weight: nn.Parameter, full: Tensor, ranks: int, rank: int) -> Tensor:
+    """What one of the tensor ranks has of a split weight; `weight` carries how it is split."""
+    blocks = full.chunk(weight.partition_stride, dim=weight.partition_dim)
+    shares = [block.chunk(ranks, dim=weight.partition_dim)[rank] for block in blocks]
+    return torch.cat(shares, dim=weight.partition_dim)
 
 
 def _draw_experts(module: GroupedExperts, name: str, std: float, residual_std: float, seed: int) -> None:

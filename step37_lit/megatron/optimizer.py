@@ -12,7 +12,7 @@ shards: no decay, no moments. The moments are dropped, so that a part that train
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -21,13 +21,12 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
-from torch import Tensor
+from torch import Tensor, nn
 
 from step37_lit.config import ConfigError, Step37Config, require
 from step37_lit.hub.names import name_table
 from step37_lit.megatron import cuda_names
-from step37_lit.megatron.initialize import global_name
-from step37_lit.model.step37_model import Step37Model
+from step37_lit.megatron.chunks import whole_names
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class ForwardingOptimizer(torch.optim.Optimizer):
     does nothing: Lightning calls it between forward and backward, which megatron has already run both.
 
     Args:
-        ddp: megatron's DDP around a `Step37Model`.
+        ddps: megatron's DDP around each chunk of this rank's stage (`data_parallel.wrap`).
         settings: Learning rates, weight decay, betas.
         clip_grad: Norm over all ranks that gradients are clipped to; 0 does not clip.
         dtype: Of the model's parameters.
@@ -75,7 +74,7 @@ class ForwardingOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
-        ddp: DistributedDataParallel,
+        ddps: Sequence[DistributedDataParallel],
         settings: AdamWSettings,
         clip_grad: float,
         dtype: torch.dtype,
@@ -92,12 +91,13 @@ class ForwardingOptimizer(torch.optim.Optimizer):
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=True,
+            overlap_param_gather=ddps[0].ddp_config.overlap_param_gather,
             clip_grad=clip_grad,
         )
         with cuda_names.cpu_for_cuda():
-            self.megatron = get_megatron_optimizer(config, [ddp], _overrides(settings, ddp.module, part_of or {}))
+            self.megatron = get_megatron_optimizer(config, list(ddps), _overrides(settings, ddps, part_of or {}))
         self.grad_norm: float | None = None
-        self._ddp, self._part_of = ddp, part_of
+        self._ddps, self._part_of = list(ddps), part_of
         self._training: frozenset[str] | None = None  # parts; None before the first `train_parts`
         super().__init__([{"params": []}], {})
         self._share_groups()
@@ -143,11 +143,10 @@ class ForwardingOptimizer(torch.optim.Optimizer):
     def _set_training(self, training: frozenset[str]) -> None:
         assert self._part_of is not None, "train_parts of an optimizer that was built without part_of"
         # megatron's overlapped reduction waits for the gradient of every parameter of a bucket.
-        assert not self._ddp.ddp_config.overlap_grad_reduce, "freezing with overlap_grad_reduce"
+        assert not self._ddps[0].ddp_config.overlap_grad_reduce, "freezing with overlap_grad_reduce"
         self._training = training
-        for name, parameter in self._ddp.module.named_parameters():
-            part = self._part_of.get(global_name(self._ddp.module, name))
-            parameter.requires_grad_(part in training)
+        for name, parameter in _whole_names(self._ddps):
+            parameter.requires_grad_(self._part_of.get(name) in training)
         for optimizer in self.inner:
             # Apex and Transformer Engine count steps by group: a part's moments could not begin anew.
             assert isinstance(optimizer, torch.optim.AdamW), f"freezing with {type(optimizer).__name__}"
@@ -216,28 +215,32 @@ def check_patterns(config: Step37Config, lr_factors: Mapping[str, float]) -> Non
             raise ConfigError(f"model.lr_factors[{pattern}]", "a pattern that matches a parameter's name", pattern)
 
 
+def _whole_names(ddps: Sequence[DistributedDataParallel]) -> Iterator[tuple[str, nn.Parameter]]:
+    for ddp in ddps:
+        yield from whole_names(ddp.module)
+
+
 def _overrides(
-    settings: AdamWSettings, model: Step37Model, part_of: Mapping[str, str]
+    settings: AdamWSettings, ddps: Sequence[DistributedDataParallel], part_of: Mapping[str, str]
 ) -> dict[ParamKey, dict[str, float | str]]:
     """megatron's description of the groups: no decay on one-dimensional parameters, a learning rate by name, parts."""
     no_decay = ParamWithNamePredicate(name="no_decay", fn=lambda param, name: param.dim() <= 1)
     overrides: dict[ParamKey, dict[str, float | str]] = {ParamKey(with_name_predicate=no_decay): {"wd_mult": 0.0}}
     patterns = list(settings.lr_factors)
+    # megatron hands over names within a chunk, where a layer has another number.
+    whole_name = {id(parameter): name for name, parameter in _whole_names(ddps)}
 
-    def whole_name(name: str) -> str:
-        return global_name(model, name.removeprefix("module."))
-
-    def first_match(name: str) -> str | None:
-        return next((pattern for pattern in patterns if fnmatchcase(whole_name(name), pattern)), None)
+    def first_match(param: Tensor) -> str | None:
+        return next((pattern for pattern in patterns if fnmatchcase(whole_name[id(param)], pattern)), None)
 
     for pattern, factor in settings.lr_factors.items():
         predicate = ParamWithNamePredicate(
-            name=f"lr of {pattern}", fn=lambda param, name, pattern=pattern: first_match(name) == pattern
+            name=f"lr of {pattern}", fn=lambda param, name, pattern=pattern: first_match(param) == pattern
         )
         overrides[ParamKey(with_name_predicate=predicate)] = {"max_lr": settings.lr * factor}
     for part in dict.fromkeys(part_of.values()):
         predicate = ParamWithNamePredicate(
-            name=f"part {part}", fn=lambda param, name, part=part: part_of.get(whole_name(name)) == part
+            name=f"part {part}", fn=lambda param, name, part=part: part_of.get(whole_name[id(param)]) == part
         )
         overrides[ParamKey(with_name_predicate=predicate)] = {"part": part}
     return overrides

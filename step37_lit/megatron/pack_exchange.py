@@ -18,8 +18,9 @@ from step37_lit.batch import ImageForInsert, PackedBatch
 
 
 def is_reader() -> bool:
-    """Whether this rank reads for its group: the first tensor rank of the first stage."""
-    return dist.get_rank() == _reader()
+    """Whether this rank reads for its group: the first tensor and context rank of the first stage."""
+    shares_stage = parallel_state.get_tensor_and_context_parallel_rank()
+    return shares_stage == 0 and parallel_state.is_pipeline_first_stage(ignore_virtual=True)
 
 
 def share_packs(packs: Sequence[PackedBatch]) -> list[PackedBatch]:
@@ -31,21 +32,21 @@ def share_packs(packs: Sequence[PackedBatch]) -> list[PackedBatch]:
     Returns:
         The same packs everywhere. Behind the first stage, pixels are zeros of the same shape that take no memory.
     """
-    group = parallel_state.get_model_parallel_group()
-    if dist.get_world_size(group) == 1:
+    of_stage = parallel_state.get_tensor_and_context_parallel_group()
+    stages = parallel_state.get_pipeline_model_parallel_group()
+    if dist.get_world_size(of_stage) == dist.get_world_size(stages) == 1:
         return list(packs)
     held = [[_without_pixels(pack) for pack in packs] if is_reader() else None]
-    dist.broadcast_object_list(held, src=_reader(), group=group)
+    is_first = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+    if is_first:
+        dist.broadcast_object_list(held, group=of_stage, group_src=0)
+    dist.broadcast_object_list(held, group=stages, group_src=0)
     shared = held[0]
     assert shared is not None
-    if not parallel_state.is_pipeline_first_stage():
+    if not is_first:
         return shared
     given = packs if is_reader() else [None] * len(shared)
     return [_with_pixels(pack, own) for pack, own in zip(shared, given, strict=True)]
-
-
-def _reader() -> int:
-    return min(dist.get_process_group_ranks(parallel_state.get_model_parallel_group()))
 
 
 def _without_pixels(pack: PackedBatch) -> PackedBatch:
@@ -60,14 +61,14 @@ def _without_pixels(pack: PackedBatch) -> PackedBatch:
 
 
 def _with_pixels(hollow: PackedBatch, own: PackedBatch | None) -> PackedBatch:
-    group = parallel_state.get_tensor_model_parallel_group()
+    group = parallel_state.get_tensor_and_context_parallel_group()
     images = []
     for number, image in enumerate(hollow.images):
         pixels: Tensor | None = image.images if own is None else own.images[number].images
         assert pixels is not None
         received = torch.empty(pixels.shape, dtype=pixels.dtype) if own is None else pixels
         received = received.to(_device()).contiguous()
-        dist.broadcast(received, src=_reader(), group=group)
+        dist.broadcast(received, group=group, group_src=0)
         images.append(replace(image, images=received))
     return replace(hollow, images=images)
 

@@ -63,6 +63,7 @@ def _check_same(layout: ParallelLayout) -> None:
     found = {
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual_pipeline": parallel_state.get_virtual_pipeline_model_parallel_world_size(),
         "expert": parallel_state.get_expert_model_parallel_world_size(),
         "context": parallel_state.get_context_parallel_world_size(),
     }

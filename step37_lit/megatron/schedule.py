@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from step37_lit.batch import PackedBatch
 from step37_lit.config import require
 from step37_lit.megatron import cuda_names
+from step37_lit.megatron.context import gather_row, split_row
 from step37_lit.model.packing import following
 
 
@@ -49,7 +50,7 @@ class StepResult:
 
 
 def run_schedule(
-    model: nn.Module,
+    chunks: Sequence[nn.Module],
     microbatches: Sequence[PackedBatch],
     forward: Callable[[nn.Module, PackedBatch], Tensor],
     finish: Callable[[PackedBatch, Tensor], tuple[Tensor, Tensor, Any]],
@@ -58,7 +59,8 @@ def run_schedule(
     """Runs the microbatches through this rank's stage.
 
     Args:
-        model: megatron's DDP around the model for training, the model for evaluation.
+        chunks: What this stage holds, in the model's order (several with virtual stages): megatron's DDP around each
+            for training, the models themselves for evaluation.
         microbatches: This data-parallel rank's packs; the same list on all ranks that share a pack.
         forward: On every stage: what the model computes for a pack.
         finish: On the last stage: (scalar to differentiate, number of tokens (int32), anything to hand back).
@@ -67,7 +69,10 @@ def run_schedule(
     Returns:
         What `finish` handed back for each microbatch; empty on all stages but the last.
     """
-    require(len(microbatches) > 0, "microbatches of a step", "at least one", 0)
+    count, stages = len(microbatches), parallel_state.get_pipeline_model_parallel_world_size()
+    require(count > 0, "microbatches of a step", "at least one", 0)
+    whole = len(chunks) == 1 or count % stages == 0
+    require(whole, "microbatches of a step", f"a multiple of {stages} stages (virtual pipeline)", count)
 
     def step(iterator: Iterator[PackedBatch], model: nn.Module) -> tuple[Tensor, Callable]:
         pack = next(iterator)
@@ -77,32 +82,33 @@ def run_schedule(
     with cuda_names.cpu_for_cuda():
         return get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=iter(microbatches),
-            model=[model],
-            num_microbatches=len(microbatches),
+            data_iterator=[iter(microbatches) for _ in chunks],  # each chunk sees every pack
+            model=list(chunks),
+            num_microbatches=count,
             seq_length=microbatches[0].input_ids.shape[1],
             micro_batch_size=1,
             forward_only=forward_only,
         )
 
 
-def train_step(model: nn.Module, microbatches: Sequence[PackedBatch], stop: bool = False) -> StepResult:
+def train_step(chunks: Sequence[nn.Module], microbatches: Sequence[PackedBatch], stop: bool = False) -> StepResult:
     """Forward and backward of a global step; gradients end up in megatron's buffers, reduced and normalised.
 
     Args:
-        model: megatron's DDP.
+        chunks: megatron's DDP around each chunk of this rank's stage (`data_parallel.wrap`).
         microbatches: This data-parallel rank's packs.
         stop: This rank asks to end training; the answer of all ranks travels with the counts, so all end together.
     """
-    config: Any = model.config
+    config: Any = chunks[0].config
     text = config.step37.text
     layers = text.num_built_mtp_layers
     weights = _loss_weights(microbatches, layers, text.mtp_loss_weight)
-    sums = run_schedule(model, microbatches, _losses, partial(_loss_sum, weights), forward_only=False)
+    sums = run_schedule(chunks, microbatches, _losses, partial(_loss_sum, weights), forward_only=False)
     counts = torch.zeros(4, dtype=torch.float64, device=microbatches[0].input_ids.device)
     heads = torch.zeros(2, 1 + layers, dtype=torch.float64, device=counts.device)  # sums of the losses, tokens
-    if sums and parallel_state.get_tensor_model_parallel_rank() == 0:  # others see the same packs: counted once
+    if sums and parallel_state.get_tensor_model_parallel_rank() == 0:  # tensor ranks have the same losses
         heads = torch.stack([torch.stack(of_pack) for of_pack in sums]).double().sum(0)
+    if sums and parallel_state.get_tensor_and_context_parallel_rank() == 0:  # one of the ranks that share the packs
         counts[0] = sum(pack.num_tokens for pack in microbatches)
         counts[1] = sum(pack.input_ids.numel() for pack in microbatches)
         counts[2] = sum(pack.num_images for pack in microbatches)
@@ -117,14 +123,16 @@ def train_step(model: nn.Module, microbatches: Sequence[PackedBatch], stop: bool
     return StepResult(means[0], means[1:], learnt, int(tokens), int(row_tokens), int(images), stops > 0)
 
 
-def evaluate_step(model: nn.Module, microbatches: Sequence[PackedBatch]) -> list[tuple[PackedBatch, Tensor, Tensor]]:
+def evaluate_step(
+    chunks: Sequence[nn.Module], microbatches: Sequence[PackedBatch]
+) -> list[tuple[PackedBatch, Tensor, Tensor]]:
     """Teacher-forced evaluation.
 
     Returns:
         On the last stage, for each pack: the pack, the loss of each token [1, T] in fp32, and the most likely next
         token [1, T] int64 over the whole vocabulary. Empty on other stages.
     """
-    return run_schedule(model, microbatches, _logits, _loss_and_argmax, forward_only=True)
+    return run_schedule(chunks, microbatches, _logits, _loss_and_argmax, forward_only=True)
 
 
 def _loss_weights(microbatches: Sequence[PackedBatch], layers: int, mtp_loss_weight: float) -> Tensor:
@@ -156,7 +164,7 @@ def _losses(model: nn.Module, pack: PackedBatch) -> Tensor:
 
 
 def _loss_sum(weights: Tensor, pack: PackedBatch, losses: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    learnt = _learnt(pack, len(losses) - 1)
+    learnt = split_row(_learnt(pack, len(losses) - 1), dim=1)
     totals, tokens = (losses * learnt).sum(1), learnt.sum(1)
     return (totals * weights).sum(), tokens[0].to(torch.int32), (totals.detach(), tokens)
 
@@ -167,7 +175,9 @@ def _logits(model: nn.Module, pack: PackedBatch) -> Tensor:
 
 def _loss_and_argmax(pack: PackedBatch, logits: Tensor) -> tuple[Tensor, Tensor, tuple[PackedBatch, Tensor, Tensor]]:
     predictions = _vocab_parallel_argmax(logits)  # first: the cross entropy overwrites the logits
-    losses = vocab_parallel_cross_entropy(logits.float().transpose(0, 1), pack.labels.transpose(0, 1)).transpose(0, 1)
+    labels = split_row(pack.labels, dim=1)
+    losses = vocab_parallel_cross_entropy(logits.float().transpose(0, 1), labels.transpose(0, 1)).transpose(0, 1)
+    losses, predictions = (gather_row(row[0])[None] for row in (losses, predictions))
     tokens = pack.loss_mask.sum().to(torch.int32)
     return (losses * pack.loss_mask).sum(), tokens, (pack, losses, predictions)
 

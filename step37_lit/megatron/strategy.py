@@ -37,10 +37,11 @@ from torch.optim import Optimizer
 from step37_lit.batch import PackedBatch
 from step37_lit.config import ConfigError, Step37Config, require
 from step37_lit.megatron import data_parallel, pack_exchange, process, random_state, schedule
-from step37_lit.megatron.initialize import global_name
+from step37_lit.megatron.chunks import chunks_of, whole_names
 from step37_lit.megatron.layout import ParallelLayout
 from step37_lit.megatron.lightning_plugins import MegatronPrecision, StagedCheckpointIO
 from step37_lit.megatron.optimizer import AdamWSettings, ForwardingOptimizer
+from step37_lit.model.recompute import Recompute, RecomputeMode
 
 # Callbacks of Lightning that would act on something other than what megatron trains, and what to use in their place.
 REFUSED_CALLBACKS: dict[type[pl.Callback], str] = {
@@ -62,10 +63,19 @@ class MegatronStrategy(DDPStrategy):
     Args:
         tensor: Ranks that share each matrix.
         pipeline: Pipeline stages.
-        virtual_pipeline: Model chunks of each stage (interleaved schedule), or None for one.
+        virtual_pipeline: Model chunks of each stage (interleaved schedule), or None for one. Chunk v of stage p holds
+            the (v x pipeline + p)-th piece of the decoder.
+        pipeline_layout: Decoder layers of each piece in the model's order, pipeline x virtual_pipeline numbers; None
+            splits them evenly.
         expert: Ranks that share the routed experts.
-        context: Ranks that share each pack.
+        context: Ranks that share each pack's row.
         sequence_parallel: Split the residual stream over the tensor ranks between matrices.
+        recompute: `none` keeps all activations; `selective` computes core attention and SwiGLUs again in the backward
+            pass, `full` whole layers.
+        recompute_layers: Only the first layers of each (virtual) stage, this many; None is all.
+        recompute_vision: Compute the vision tower's blocks again.
+        overlap_data_parallel: Reduce gradients during the backward pass and gather weights during the next forward
+            pass. Every pack needs a picture then, and no part may freeze in the course of the run.
         seed: Of megatron's random-number generators.
         cpu_threads: Threads of this process's operations on the CPU; None leaves torch's choice, one a core. Loader
             processes need cores too.
@@ -78,9 +88,14 @@ class MegatronStrategy(DDPStrategy):
         tensor: int = 1,
         pipeline: int = 1,
         virtual_pipeline: int | None = None,
+        pipeline_layout: list[int] | None = None,
         expert: int = 1,
         context: int = 1,
         sequence_parallel: bool = False,
+        recompute: RecomputeMode = "none",
+        recompute_layers: int | None = None,
+        recompute_vision: bool = False,
+        overlap_data_parallel: bool = False,
         seed: int = 0,
         cpu_threads: int | None = None,
         accelerator: Any = None,
@@ -88,7 +103,11 @@ class MegatronStrategy(DDPStrategy):
         cluster_environment: Any = None,
         precision_plugin: Precision | None = None,
     ):
-        self.layout = ParallelLayout(tensor, pipeline, virtual_pipeline, expert, context, sequence_parallel)
+        self.layout = ParallelLayout(
+            tensor, pipeline, virtual_pipeline, pipeline_layout, expert, context, sequence_parallel
+        )
+        self.overlap_data_parallel = overlap_data_parallel
+        self.recompute = Recompute(recompute, recompute_layers, recompute_vision)
         require(
             cpu_threads is None or cpu_threads > 0, "strategy.cpu_threads", "null or a positive number", cpu_threads
         )
@@ -98,7 +117,7 @@ class MegatronStrategy(DDPStrategy):
         # Set by a freezing schedule before `setup`: the part of the model that a parameter freezes and trains with, by
         # its name in the whole model. Parameters without one never train.
         self.part_of: Mapping[str, str] | None = None
-        self.ddp: DistributedDataParallel | None = None
+        self.ddps: list[DistributedDataParallel] | None = None  # one for each chunk of this rank's stage
         self._clip_grad = 0.0
         super().__init__(
             accelerator=accelerator,
@@ -124,8 +143,9 @@ class MegatronStrategy(DDPStrategy):
         return parallel_state.get_data_parallel_world_size()
 
     @property
-    def tensor_rank(self) -> int:
-        return parallel_state.get_tensor_model_parallel_rank()
+    def rank_of_stage(self) -> int:
+        """Number of this rank among those that share a pack on its pipeline stage; the first one writes for them."""
+        return parallel_state.get_tensor_and_context_parallel_rank()
 
     @property
     def is_last_stage(self) -> bool:
@@ -169,20 +189,25 @@ class MegatronStrategy(DDPStrategy):
 
     def train_step(self, microbatches: Sequence[PackedBatch]) -> schedule.StepResult:
         """Forward and backward of one global step; the optimizer's step follows from Lightning."""
-        assert self.ddp is not None, "train_step outside of fit"
-        self.ddp.zero_grad_buffer()
+        assert self.ddps is not None, "train_step outside of fit"
+        if self.overlap_data_parallel:  # a rank that leaves out its vision tower would exchange other weights
+            bare = [pack.sample_keys for pack in microbatches if not pack.images]
+            require(not bare, "strategy.overlap_data_parallel", "false with packs without pictures", bare)
+        for ddp in self.ddps:
+            ddp.zero_grad_buffer()
         for optimizer in self.optimizers:
             optimizer.clear_gradients()
-        return schedule.train_step(self.ddp, microbatches, self.stop_requested)
+        return schedule.train_step(self.ddps, microbatches, self.stop_requested)
 
     def evaluate_step(self, microbatches: Sequence[PackedBatch]) -> list[tuple[PackedBatch, Tensor, Tensor]]:
         """Teacher-forced losses and most likely tokens on the last stage; see `schedule.evaluate_step`."""
-        return schedule.evaluate_step(self.lightning_module.model, microbatches)
+        data_parallel.gather_weights(self.ddps or [])
+        return schedule.evaluate_step(chunks_of(self.lightning_module.model), microbatches)
 
     def build_optimizer(self, settings: AdamWSettings) -> ForwardingOptimizer:
         """megatron's distributed optimizer for the model, to be returned by `configure_optimizers`."""
-        assert self.ddp is not None, "build_optimizer outside of fit"
-        return ForwardingOptimizer(self.ddp, settings, self._clip_grad, self.dtype, self.part_of)
+        assert self.ddps is not None, "build_optimizer outside of fit"
+        return ForwardingOptimizer(self.ddps, settings, self._clip_grad, self.dtype, self.part_of)
 
     # ---- hooks of Lightning ----
 
@@ -198,6 +223,7 @@ class MegatronStrategy(DDPStrategy):
             ConfigError: names the Trainer's or the strategy's field.
         """
         self.layout.validate(config, self.num_nodes * self.num_processes)
+        self.recompute.validate(max(self.layout.layers_of_pieces(config.text.num_layers)))
         accumulate = trainer.accumulate_grad_batches
         advice = "1 (the loader hands over the microbatches of a step as a list: set them in the data module)"
         require(accumulate == 1, "trainer.accumulate_grad_batches", advice, accumulate)
@@ -247,9 +273,9 @@ class MegatronStrategy(DDPStrategy):
             self._clip_grad = float(trainer.gradient_clip_val or 0.0)
             model = self.lightning_module.model
             if self.part_of is not None:
-                for name, parameter in model.named_parameters():
-                    parameter.requires_grad_(global_name(model, name) in self.part_of)
-            self.ddp = data_parallel.wrap(model)
+                for name, parameter in whole_names(model):
+                    parameter.requires_grad_(name in self.part_of)
+            self.ddps = data_parallel.wrap(model, self.overlap_data_parallel)
             self.setup_optimizers(trainer)
             for optimizer in self.optimizers:
                 if not isinstance(optimizer, ForwardingOptimizer):
@@ -268,7 +294,15 @@ class MegatronStrategy(DDPStrategy):
         self.precision_plugin.pre_backward(closure_loss, module)
         return self.precision_plugin.post_backward(closure_loss, module)
 
+    def teardown(self) -> None:
+        data_parallel.gather_weights(self.ddps or [])
+        super().teardown()
+
     # ---- checkpoints: one file, each data-parallel rank's share in it ----
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        data_parallel.gather_weights(self.ddps or [])
+        return super().lightning_module_state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Every data-parallel rank's share, gathered; all ranks must call it."""

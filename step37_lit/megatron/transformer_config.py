@@ -10,17 +10,23 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from step37_lit.config import Step37Config
 from step37_lit.megatron.layout import ParallelLayout
+from step37_lit.model.recompute import Recompute
 
 
 @dataclass
 class Step37TransformerConfig(TransformerConfig):
-    """megatron's configuration of the text decoder, together with the config that it was made from."""
+    """megatron's configuration of the text decoder, together with the config that it was made from and what is
+    recomputed (by this project's own layers: megatron's switches would not reach them)."""
 
     step37: Step37Config = field(default_factory=Step37Config)
+    recompute: Recompute = field(default_factory=Recompute)
 
 
 def to_megatron(
-    config: Step37Config, layout: ParallelLayout | None = None, dtype: torch.dtype = torch.float32
+    config: Step37Config,
+    layout: ParallelLayout | None = None,
+    dtype: torch.dtype = torch.float32,
+    recompute: Recompute | None = None,
 ) -> Step37TransformerConfig:
     """megatron's fields for the text decoder of `config`.
 
@@ -31,6 +37,7 @@ def to_megatron(
     text = config.text
     return Step37TransformerConfig(
         step37=config,
+        recompute=recompute if recompute is not None else Recompute(),
         num_layers=text.num_layers,
         hidden_size=text.hidden_size,
         ffn_hidden_size=text.ffn_hidden_size,
@@ -56,6 +63,7 @@ def to_megatron(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        pipeline_model_parallel_layout=_pieces(layout, text.num_layers),
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=1,
@@ -63,6 +71,9 @@ def to_megatron(
         variable_seq_lengths=layout.pipeline > 1,
         # gloo and NCCL both swap messages when previous and next stage are the same peer (PP2 with virtual stages).
         batch_p2p_comm=False,
+        # With virtual stages and packs of different lengths, exchanging shapes without overlap fails (always batched).
+        # Outputs are kept then (deallocate_pipeline_outputs stays off): gloo may still be sending them.
+        overlap_p2p_comm=layout.virtual_pipeline is not None,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
@@ -70,6 +81,16 @@ def to_megatron(
         gradient_accumulation_fusion=False,
         **_expert_fields(config),
     )
+
+
+def _pieces(layout: ParallelLayout, num_layers: int) -> list[list[str]] | None:
+    """megatron's description of what each pipeline stage (and virtual stage) holds, in the model's order."""
+    if layout.pipeline == 1:
+        return None
+    pieces = [["decoder"] * count for count in layout.layers_of_pieces(num_layers)]
+    pieces[0].insert(0, "embedding")
+    pieces[-1].append("loss")
+    return pieces
 
 
 def _expert_fields(config: Step37Config) -> dict:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from step37_lit.config import ATTENTION_KINDS
 from step37_lit.megatron.transformer_config import Step37TransformerConfig
+from step37_lit.model import recompute
 from step37_lit.model.kv_cache import KVCache
 from step37_lit.model.rotary import rotate
 
@@ -49,6 +50,7 @@ class HybridSelfAttention(MegatronModule):
         layer_number: 1-based over the whole decoder; decides full or sliding attention and the number of heads.
         pg_collection: megatron's process groups.
         cp_comm_type: Handed on to the core attention.
+        recompute: Compute the core attention again in the backward pass.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class HybridSelfAttention(MegatronModule):
         layer_number: int,
         pg_collection: ProcessGroupCollection,
         cp_comm_type: str | None = None,
+        recompute: bool = False,
     ):
         super().__init__(config=config)
         text = config.step37.text
@@ -65,7 +68,7 @@ class HybridSelfAttention(MegatronModule):
         heads, groups, head_dim = text.heads_of(layer_number - 1), text.num_kv_groups, text.head_dim
         self.layer_number = layer_number
         self.window = text.sliding_window if kind == "sliding_attention" else None
-        self.head_dim = head_dim
+        self.head_dim, self.recompute = head_dim, recompute
         self.queries_per_group = heads // groups
         self.rotary_row = ATTENTION_KINDS.index(kind)
         self.rotary_pairs = text.rotary_dim(kind) // 2
@@ -126,7 +129,7 @@ class HybridSelfAttention(MegatronModule):
         q = rotate(self.q_layernorm(q), cos, sin)
         k = rotate(self.k_layernorm(k), cos, sin)
         if inference_context is None:
-            attended = self.core_attention(q, k, v, packed_seq_params)
+            attended = recompute.run(self.recompute, self.core_attention, q, k, v, packed_seq_params)
         else:
             own = (self.layer_number, self.window, self.core_attention)
             attended = inference_context.attend(*own, q, k, v, packed_seq_params)

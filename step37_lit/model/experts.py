@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.utils import get_pg_rank
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from step37_lit.megatron.transformer_config import Step37TransformerConfig
+from step37_lit.model import recompute
 
 
 def swiglu(gate_and_up: Tensor, limit: float | None) -> Tensor:
@@ -37,6 +39,7 @@ class DenseMLP(MLP):
     Args:
         limit: Clamp of `swiglu`, or None.
         tp_group: Ranks that share the matrices.
+        recompute: Compute `swiglu` again in the backward pass.
     """
 
     def __init__(
@@ -45,15 +48,16 @@ class DenseMLP(MLP):
         submodules: MLPSubmodules,
         limit: float | None,
         tp_group: ProcessGroup,
+        recompute: bool = False,
     ):
         super().__init__(
             config=config, submodules=submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=tp_group
         )
-        self.limit = limit
+        self.limit, self.recompute = limit, recompute
 
     def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
         gate_and_up, _ = self.linear_fc1(hidden_states)
-        return self.linear_fc2(swiglu(gate_and_up, self.limit))
+        return self.linear_fc2(recompute.run(self.recompute, swiglu, gate_and_up, self.limit))
 
 
 class SharedExpert(SharedExpertMLP):
@@ -61,6 +65,7 @@ class SharedExpert(SharedExpertMLP):
 
     Args:
         limit: Clamp of `swiglu`, or None.
+        recompute: Compute `swiglu` again in the backward pass.
     """
 
     def __init__(
@@ -70,13 +75,26 @@ class SharedExpert(SharedExpertMLP):
         gate: bool,
         limit: float | None,
         pg_collection: ProcessGroupCollection,
+        recompute: bool = False,
     ):
         super().__init__(config=config, submodules=submodules, gate=gate, pg_collection=pg_collection)
-        self.limit = limit
+        self.limit, self.recompute = limit, recompute
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         gate_and_up, _ = self.linear_fc1(hidden_states)
-        return self.linear_fc2(swiglu(gate_and_up, self.limit))[0]
+        return self.linear_fc2(recompute.run(self.recompute, swiglu, gate_and_up, self.limit))[0]
+
+
+class MixtureOfExperts(MoELayer):
+    """megatron's layer. Without sequence parallelism all tensor ranks send the same tokens to the experts: the result
+    is right, and the experts' gradients are this many times too large (`data_parallel.wrap` divides them)."""
+
+    def __init__(
+        self, config: Step37TransformerConfig, submodules: MoESubmodules, pg_collection: ProcessGroupCollection
+    ):
+        super().__init__(config=config, submodules=submodules, pg_collection=pg_collection)
+        # Only read where megatron refuses to train so, for the sake of speed; experts have tensor groups of one rank.
+        self.attn_tp_group = pg_collection.expt_tp
 
 
 class Router(TopKRouter):
@@ -91,7 +109,7 @@ class Router(TopKRouter):
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         # megatron compiles this counter with torch.compile, which costs more than it saves on small models.
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not recompute.is_recomputing():
             with torch.no_grad():
                 counted = routing_map if padding_mask is None else routing_map & ~padding_mask.unsqueeze(-1)
                 self.local_tokens_per_expert += counted.sum(dim=0)
@@ -105,6 +123,7 @@ class GroupedExperts(MegatronModule):
         config: megatron's configuration.
         limit: Clamp of `swiglu`, or None.
         pg_collection: megatron's process groups.
+        recompute: Compute `swiglu` again in the backward pass.
     """
 
     def __init__(
@@ -113,12 +132,13 @@ class GroupedExperts(MegatronModule):
         config: Step37TransformerConfig,
         limit: float | None,
         pg_collection: ProcessGroupCollection,
+        recompute: bool = False,
     ):
         super().__init__(config=config)
         first = get_pg_rank(pg_collection.ep) * num_local_experts
         self.expert_indices = range(first, first + num_local_experts)  # over the whole layer
         hidden, inner, dtype = config.hidden_size, config.moe_ffn_hidden_size, config.params_dtype
-        self.limit = limit
+        self.limit, self.recompute = limit, recompute
         self.weight1 = nn.Parameter(torch.empty(num_local_experts, 2 * inner, hidden, dtype=dtype))
         self.weight2 = nn.Parameter(torch.empty(num_local_experts, hidden, inner, dtype=dtype))
         for weight in (self.weight1, self.weight2):
@@ -139,6 +159,9 @@ class GroupedExperts(MegatronModule):
             [n, H] and no bias.
         """
         ends = tokens_per_expert.to(device=hidden_states.device, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        inner = swiglu(F.grouped_mm(hidden_states, self.weight1.transpose(1, 2), offs=ends), self.limit)
-        inner = (inner * probs.unsqueeze(-1)).to(hidden_states.dtype)
+        gate_and_up = F.grouped_mm(hidden_states, self.weight1.transpose(1, 2), offs=ends)
+        inner = recompute.run(self.recompute, self._weighted_swiglu, gate_and_up, probs)
         return F.grouped_mm(inner, self.weight2.transpose(1, 2), offs=ends), None
+
+    def _weighted_swiglu(self, gate_and_up: Tensor, probs: Tensor) -> Tensor:
+        return (swiglu(gate_and_up, self.limit) * probs.unsqueeze(-1)).to(gate_and_up.dtype)

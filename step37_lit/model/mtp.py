@@ -202,7 +202,9 @@ def mtp_block_spec(
                     enorm=ZeroCentredRMSNorm,
                     hnorm=ZeroCentredRMSNorm,
                     eh_proj=EmbeddingHiddenProjection,
-                    transformer_layer=decoder_layer_spec(config, layer, pg_collection, attention_backend),
+                    transformer_layer=decoder_layer_spec(
+                        config, layer, pg_collection, attention_backend, config.recompute.mode
+                    ),
                     layer_norm=ZeroCentredRMSNorm,
                 ),
             )

@@ -5,8 +5,8 @@ T = tokens of the pack, H = hidden, V = vocabulary, P = features of an image.
     forward(input_ids [1, T], images, cu_seqlens)
       |- forward_head                                     first pipeline stage
       |    |- embedding                  words            [T, 1, H]
-      |    |- _encode_images_for_insert  vision_model     [N, P, 4 x width]
-      |    |- align_projector            features         [N, P, H]
+      |    |- _encode_images_for_insert  vision_model     [N, P, 4 x width], this rank's share of the images
+      |    |- align_projector            features         [N, P, H], gathered
       |    `- insert_features            fused            [T, 1, H]
       |- rotary_table                    positions restart in each sub-sequence
       |- decoder                         TransformerBlock [T, 1, H]
@@ -32,8 +32,10 @@ from torch import Tensor, nn
 
 from step37_lit.batch import ImageForInsert
 from step37_lit.config import VisionConfig
+from step37_lit.megatron.context import context_borders, split_row
 from step37_lit.megatron.head import loss_per_token, scatter_to_sequence_ranks
 from step37_lit.megatron.transformer_config import Step37TransformerConfig
+from step37_lit.megatron.vision_parallel import SpreadImages
 from step37_lit.model.image_insert import insert_features
 from step37_lit.model.kv_cache import KVCache
 from step37_lit.model.mtp import MTPBlock
@@ -94,7 +96,8 @@ class Step37Model(MegatronModule):
                 tp_group=self.pg_collection.tp,
             )
             if add_encoder:
-                self.vision_model = VisionTower(vision_transformer_config).to(config.params_dtype)
+                self.vision_model = VisionTower(vision_transformer_config, config.recompute.vision)
+                self.vision_model.to(config.params_dtype)
                 self.align_projector = nn.Linear(
                     vision_transformer_config.output_dim,
                     config.hidden_size,
@@ -169,6 +172,8 @@ class Step37Model(MegatronModule):
             On the last stage the loss [1, T] in fp32 where `labels` are given, else logits [1, T, V (/ tensor
             ranks)] ([1, n, V] with an `inference_context`), with the MTP layers' [1 + layers, ...]; on other stages
             the hidden states [T, 1, H] for the next ([2T, 1, H] with the embeddings, where the MTP layers need them).
+            Where context ranks share the pack, T is this rank's share here (`megatron.context.split_row`); arguments
+            are always of the whole pack.
 
         Raises:
             ValueError: shapes or borders that do not fit; `ImageInsertError` where images and text do not.
@@ -190,7 +195,8 @@ class Step37Model(MegatronModule):
             if inference_context is not None:
                 position_ids = position_ids + inference_context.offsets(packed)
 
-        table = rotary_table(self.step37.text, position_ids)
+        table = rotary_table(self.step37.text, split_row(position_ids, dim=1))
+        packed = context_borders(packed)
         hidden: Any = None  # later stages take theirs from set_input_tensor
         embeddings: Any = None
         if self.pre_process:
@@ -233,9 +239,18 @@ class Step37Model(MegatronModule):
             return insert_features(words, input_ids, [], [], self.step37.tokens)
         if self.align_projector is None:
             raise ValueError(f"images: expected none (the model has no vision tower), found {len(images)} entries")
-        encoded = self._encode_images_for_insert(images)
-        features = [self.align_projector(entry.image_features) for entry in encoded]
-        return insert_features(words, input_ids, encoded, features, self.step37.tokens)
+        spread = SpreadImages(images, self.step37.vision)
+        own = [self.align_projector(entry.image_features) for entry in self._encode_images_for_insert(spread.own)]
+        features = spread.gather(own, like=self.align_projector.weight, trains=self._features_train(images))
+        return insert_features(words, input_ids, images, features, self.step37.tokens)
+
+    def _features_train(self, images: list[ImageForInsert]) -> bool:
+        """Whether projected features need a gradient."""
+        given = (entry.image_features for entry in images if entry.image_features is not None)
+        weights = (
+            p for part in (self.vision_model, self.align_projector) if part is not None for p in part.parameters()
+        )
+        return any(tensor.requires_grad for tensor in (*given, *weights))
 
     def _encode_images_for_insert(self, images: list[ImageForInsert]) -> list[ImageForInsert]:
         """Entries with `image_features` [N, P, output_dim] in place of pixels where they had none.

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from step37_lit.config import VisionConfig
+from step37_lit.model import recompute
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -112,32 +113,43 @@ class VisionBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The stack of blocks."""
+    """The stack of blocks.
 
-    def __init__(self, config: VisionConfig):
+    Args:
+        config: The vision tower.
+        recompute: Each block keeps its input only, and is computed again in the backward pass.
+    """
+
+    def __init__(self, config: VisionConfig, recompute: bool):
         super().__init__()
+        self.recompute = recompute
         self.resblocks = nn.ModuleList(VisionBlock(config) for _ in range(config.num_layers))
 
     def forward(self, x: Tensor, cos_sin: Tensor) -> Tensor:
         for block in self.resblocks:
-            x = block(x, cos_sin)
+            x = recompute.run(self.recompute, block, x, cos_sin)
         return x
 
 
 class VisionTower(nn.Module):
     """Pixels to the features that fusion inserts into the text.
 
-    The tower is the same on every tensor rank: it is small beside the decoder.
+    The tower is the same on every rank of the first pipeline stage: it is small beside the decoder. Ranks that share a
+    pack encode different images of it.
+
+    Args:
+        config: Its sizes.
+        recompute: See `VisionTransformer`.
     """
 
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: VisionConfig, recompute: bool = False):
         super().__init__()
         self.config = config
         width, grid = config.width, config.position_grid
         self.conv1 = nn.Conv2d(3, width, kernel_size=config.patch_size, stride=config.patch_size, bias=False)
         self.positional_embedding = nn.Parameter(torch.empty(grid * grid, width))
         self.ln_pre = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.transformer = VisionTransformer(config)
+        self.transformer = VisionTransformer(config, recompute)
         self.vit_downsampler1 = nn.Conv2d(width, 2 * width, kernel_size=3, stride=2, padding=1)
         self.vit_downsampler2 = nn.Conv2d(2 * width, 4 * width, kernel_size=3, stride=2, padding=1)
 
