@@ -114,17 +114,6 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "packs": ([f"--config={RECIPE}", "--data.microbatches=0"], ["data.microbatches", "0"]),
     "layout": ([f"--config={RECIPE}", "--trainer.strategy.tensor=3"], ["strategy.tensor", "1 processes", "3"]),
     "heads": ([f"--config={RECIPE}", "--trainer.devices=4", "--trainer.strategy.tensor=4"], ["strategy.tensor", "4"]),
-    "virtual stages": (
-        [
-            f"--config={RECIPE}",
-            "--trainer.devices=2",
-            "--model.preset=tiny_moe",
-            "--trainer.strategy.pipeline=2",
-            "--trainer.strategy.virtual_pipeline=2",
-            "--data.microbatches=3",
-        ],
-        ["data.microbatches", "multiple of pipeline 2", "nearest: 4", "3"],
-    ),
     "pieces": (
         [f"--config={RECIPE}", "--trainer.strategy.pipeline_layout=[1,2]"],
         ["strategy.pipeline_layout", "expected 1 numbers", "[1, 2]"],

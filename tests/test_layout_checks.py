@@ -102,6 +102,20 @@ def test_refuses_microbatches_of_the_interleaved_schedule(microbatches: int, nea
     ParallelLayout(pipeline=2).check_microbatches(microbatches, 2, "data.microbatches")
 
 
+def test_a_runs_microbatches_are_checked_before_it_starts(tmp_path: Path) -> None:
+    class Data(TinyData):
+        microbatches = 3
+
+        def check(self, ranks: int) -> None:
+            pass
+
+    strategy = MegatronStrategy(pipeline=2, virtual_pipeline=2)
+    trainer = pl.Trainer(strategy=strategy, **trainer_arguments(tmp_path, devices=2))
+    module = Step37LitModule(**module_arguments(preset="tiny_moe"))
+    with pytest.raises(ConfigError, match=r"data\.microbatches: expected a multiple of pipeline 2 x 1 .* found 3"):
+        module.check(trainer, Data(), fitting=True)
+
+
 def test_a_run_is_refused_before_weights_and_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     had_groups = dist.is_initialized()
     trainer = pl.Trainer(strategy=MegatronStrategy(virtual_pipeline=2), **trainer_arguments(tmp_path))
