@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from callbacks.freeze_stages import FIELD, Plateau, factor_at, parse_stages
 from step37_lit.config import ConfigError, Step37Config, require
+from step37_lit.lit_module import megatron_strategy
 from step37_lit.parameter_groups import layer_depths, split_parameters
 
 
@@ -78,7 +79,7 @@ class FreezeSchedule(pl.Callback):
         """
         frozen = any(module.frozen)
         require(not frozen, "model.freeze_*", "false with a FreezeSchedule (leave the part out of its stages)", frozen)
-        overlaps = trainer.strategy.overlap_data_parallel
+        overlaps = megatron_strategy(trainer).overlap_data_parallel
         require(not overlaps, "strategy.overlap_data_parallel", "false with a FreezeSchedule", overlaps)
         self._split(module.config)
         for index, stage in enumerate(self.stages):

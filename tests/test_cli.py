@@ -121,6 +121,10 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "packs": ([f"--config={RECIPE}", "--data.microbatches=0"], ["data.microbatches", "0"]),
     "layout": ([f"--config={RECIPE}", "--trainer.strategy.tensor=3"], ["strategy.tensor", "1 processes", "3"]),
     "heads": ([f"--config={RECIPE}", "--trainer.devices=4", "--trainer.strategy.tensor=4"], ["strategy.tensor", "4"]),
+    "pieces": (
+        [f"--config={RECIPE}", "--trainer.strategy.pipeline_layout=[1,2]"],
+        ["strategy.pipeline_layout", "expected 1 numbers", "[1, 2]"],
+    ),
     "experts": ([f"--config={RECIPE}", "--trainer.strategy.expert=2"], ["strategy.expert", "2"]),
     "another strategy": ([f"--config={RECIPE}", "--trainer.strategy=ddp"], ["trainer.strategy", "ddp"]),
     "steps": ([f"--config={RECIPE}", "--model.warmup_steps=100000"], ["model.warmup_steps", "100000"]),

@@ -176,9 +176,10 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         {},
         {"expert": 2},
         {"pipeline": 2},
+        {"pipeline": 2, "virtual_pipeline": 2, "recompute": "full"},
         {"tensor": 2, "sequence_parallel": True},
     ],
-    ids=["data", "expert", "pipeline", "tensor and sequence"],
+    ids=["data", "expert", "pipeline", "virtual stages", "tensor and sequence"],
 )
 def test_two_ranks_count_as_one(strategy: dict[str, Any], one_rank: list[dict[str, Any]], tmp_path: Path) -> None:
     rows = on_ranks(tmp_path, 2, strategy)

@@ -16,10 +16,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from training import TEXT, VISION, sample
 
-from step37_lit import Step37Config, build_model
+from step37_lit import Step37Config
 from step37_lit.generation import Generator
 from step37_lit.lit_module import with_overrides
 from step37_lit.megatron import process
+from step37_lit.megatron.build import build_stage
 from step37_lit.megatron.layout import ParallelLayout
 from step37_lit.sampling import GenerationSettings
 from step37_lit.tokenizer import Step37Tokenizer
@@ -31,7 +32,7 @@ def main() -> None:
     layout = ParallelLayout(**job["layout"])
     process.initialize(layout)
     config = with_overrides(Step37Config.preset(job["preset"]), text=TEXT, vision=VISION)
-    model = build_model(config, layout, seed=5)
+    model = build_stage(config, layout, seed=5)
     prompts = [sample(index, seed=9) for index in range(job["prompts"])]
     if job["shared_out"]:  # each data-parallel rank has prompts of its own
         ranks = parallel_state.get_data_parallel_world_size()

@@ -58,8 +58,15 @@ class Layout:
         data = self.ranks // (tensor * pipeline * context)
         parts += [f"DP{data}"] if data > 1 else []
         parts += ["overlap"] if self.overlap else []
-        parts += [f"recompute {key} {value}" for key, value in self.recompute.items()]
+        parts += ["recompute: " + ", ".join(self._recomputed)] if self.recompute else []
         return " ".join(parts) or "one rank"
+
+    @property
+    def _recomputed(self) -> list[str]:
+        mode, layers = self.recompute.get("mode", "none"), self.recompute.get("layers")
+        found = [mode] if mode != "none" else []
+        found += [f"{layers} layer of a stage"] if layers else []
+        return found + (["vision"] if self.recompute.get("vision") else [])
 
 
 # The short list of the default tests: each kind of parallelism, and the pairs that have gone wrong before.

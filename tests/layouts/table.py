@@ -27,11 +27,11 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--file", type=Path, default=Path(__file__).parents[2] / "docs" / "layouts.md")
     arguments = parser.parse_args()
-    before, rest = arguments.file.read_text().split(START)
-    after = rest.split(END)[1]
     layouts = [layout for layout in layout_parity.all_layouts() if layout.ranks in arguments.ranks]
     layouts += [replace(broken.layout, broken=name) for name, broken in BROKEN.items() if 2 in arguments.ranks]
     found = _measure(layouts, arguments.steps)
+    before, rest = arguments.file.read_text().split(START)
+    after = rest.split(END)[1]
     arguments.file.write_text(before + START + _table(found, arguments.steps) + END + after)
     return 0 if all(difference.within() == (layout.broken is None) for layout, difference in found) else 1
 
@@ -45,8 +45,9 @@ def _measure(layouts: list[Layout], steps: int) -> list[tuple[Layout, Difference
             own = [layout for layout in layouts if layout.ranks == ranks]
             for first in range(0, len(own), AT_A_TIME):
                 part = own[first : first + AT_A_TIME]
-                found += list(zip(part, layout_parity.measure(folder, part, steps), strict=True))
-                print(f"{ranks} ranks: {first + len(part)} of {len(own)} layouts", flush=True)
+                for layout, difference in zip(part, layout_parity.measure(folder, part, steps), strict=True):
+                    print(f"{layout.broken or layout.name}: {_figures(difference)}", flush=True)
+                    found.append((layout, difference))
     return found
 
 

@@ -31,8 +31,8 @@ LAYOUTS = {
 }
 
 
-def largest_difference(rows: list, reference: list, column: int) -> float:
-    assert len(rows) == len(reference) == STEPS
+def largest_difference(rows: list, reference: list, column: int, steps: int = STEPS) -> float:
+    assert len(rows) == len(reference) == steps
     pairs = zip(rows, reference, strict=True)
     return max(abs(row[column] - expected[column]) / abs(expected[column]) for row, expected in pairs)
 
@@ -60,10 +60,32 @@ def test_torchrun_equals_lightnings_launcher(one_rank: dict, tmp_path: Path) -> 
     assert largest_difference(ranks[1]["rows"], one_rank["rows"], 0) <= LOSS_TOLERANCE
 
 
-def test_moe_data_parallel_equals_one_rank(tmp_path: Path) -> None:
-    rows = []
-    for devices in (1, 2):
-        folder = tmp_path / str(devices)
-        folder.mkdir()
-        rows.append(spawn.train(folder, devices=devices, module={"preset": "tiny_moe"})[0]["rows"])
-    assert largest_difference(rows[1], rows[0], 0) <= LOSS_TOLERANCE
+# Through Lightning: evaluation, uneven pieces and overlap, beside the steps that test_parity_of_layouts.py compares.
+MOE_LAYOUTS = {
+    "data parallel 2": {"overlap_data_parallel": True},
+    "pipeline 2 with virtual stages": {"pipeline": 2, "virtual_pipeline": 2, "recompute": "full"},
+    "pipeline 2, uneven": {"pipeline": 2, "pipeline_layout": [3, 1], "recompute_vision": True},
+}
+MOE_STEPS = 8
+
+
+def train_moe(folder: Path, devices: int, strategy: dict[str, Any]) -> list[dict[str, Any]]:
+    return spawn.train(
+        folder, devices, strategy, {"max_steps": MOE_STEPS}, {"preset": "tiny_moe"}, {"steps": MOE_STEPS}
+    )
+
+
+@pytest.fixture(scope="module")
+def moe_on_one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return train_moe(tmp_path_factory.mktemp("moe"), 1, {})[0]
+
+
+@pytest.mark.parametrize("name", MOE_LAYOUTS)
+def test_moe_equals_one_rank(name: str, moe_on_one_rank: dict, tmp_path: Path) -> None:
+    ranks = train_moe(tmp_path, 2, MOE_LAYOUTS[name])
+    assert ranks[0]["rows"] == ranks[1]["rows"]
+    assert largest_difference(ranks[0]["rows"], moe_on_one_rank["rows"], 0, MOE_STEPS) <= LOSS_TOLERANCE
+    assert largest_difference(ranks[0]["rows"], moe_on_one_rank["rows"], 1, MOE_STEPS) <= NORM_TOLERANCE
+    for metric in ("val/loss", "val/attribute_accuracy"):
+        for rank in ranks:
+            assert rank["metrics"][metric] == pytest.approx(moe_on_one_rank["metrics"][metric], rel=1e-5), metric
