@@ -81,6 +81,11 @@ class CaptionMetrics(pl.Callback):
         names = ("cider_d", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "caption_words")
         return [f"val/{name}" for name in (*names, "generated_attribute_accuracy")]
 
+    def check(self, trainer: pl.Trainer, module: Any) -> None:
+        """Raises `ConfigError` where captions cannot be generated while training."""
+        context = module.strategy.layout.context
+        require(context == 1, "strategy.context", "1 with CaptionMetrics (context ranks cannot generate)", context)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A run in a used folder, or one that goes on from an earlier step, makes later captions anew."""
         if trainer.is_global_zero:

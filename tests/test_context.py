@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
 
-from step37_lit import Step37Config
+from callbacks.caption_metrics import CaptionMetrics
+from datamodules.scenes import ScenesDataModule
+from step37_lit import MegatronStrategy, Step37Config, Step37LitModule, build_model
 from step37_lit.config import ConfigError
 from step37_lit.megatron.context import ContextSeqParams, with_chunks
 from step37_lit.megatron.core_attention import FlashCoreAttention, SDPACoreAttention
+from step37_lit.megatron.inference import inference_mode
 from step37_lit.megatron.layout import ParallelLayout
 from step37_lit.megatron.vision_parallel import balanced
 from tests.test_core_attention import borders, by_definition, random_qkv
+from tests.training import module_arguments, trainer_arguments
 
 # Sums to 144: chunks of 36, 18 and 12 tokens for 2, 4 and 6 ranks; some sub-sequences end on a chunk's border.
 LENGTHS = (1, 35, 7, 0, 16, 17, 68)
@@ -111,6 +117,34 @@ def test_rows_must_divide(layout: ParallelLayout, multiple: int) -> None:
         for tokens in (33, None):
             with pytest.raises(ConfigError, match=f"data.max_length: expected a multiple of {multiple} .*such as"):
                 layout.check_row("data.max_length", tokens)
+
+
+def test_generation_is_refused(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model(Step37Config.preset("tiny"))
+    monkeypatch.setattr(model.config, "context_parallel_size", 2)
+    with pytest.raises(ConfigError, match="strategy.context: expected 1 to generate .*found 2"), inference_mode(model):
+        pass
+
+
+def test_caption_metrics_are_refused(tmp_path: Path) -> None:
+    trainer = pl.Trainer(
+        strategy=MegatronStrategy(context=2),
+        callbacks=[CaptionMetrics()],
+        **trainer_arguments(tmp_path, devices=2),
+    )
+    lit = Step37LitModule(**module_arguments())
+    lit.trainer = trainer
+    with pytest.raises(ConfigError, match="strategy.context: expected 1 with CaptionMetrics .*found 2"):
+        lit.check(trainer, None, fitting=True)
+
+
+def test_rows_that_do_not_divide_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    trainer = pl.Trainer(strategy=MegatronStrategy(context=2), **trainer_arguments(tmp_path, devices=2))
+    lit = Step37LitModule("tiny")
+    for pad_to in (None, 202):
+        data = ScenesDataModule(num_steps=2, val_samples=8, samples_per_pack=4, microbatches=1, pad_to=pad_to)
+        with pytest.raises(ConfigError, match=f"data.pad_to: expected a multiple of 4 .*, found {pad_to}"):
+            lit.check(trainer, data, fitting=False)
 
 
 def test_tokens_of_an_image_that_is_not_square() -> None:

@@ -30,7 +30,7 @@ def inference_mode(model: Step37Model | ModelChunks) -> Iterator[None]:
     Raises:
         ConfigError: context ranks share the rows: a step has one token of each.
     """
-    advice = "1 to generate (context ranks cannot share one token): use a layout without it, or no CaptionMetrics"
+    advice = "1 to generate (context ranks cannot share one token)"
     require(model.config.context_parallel_size == 1, "strategy.context", advice, model.config.context_parallel_size)
     # megatron's own switch asks for attributes of its GPT model. The linear layers and the configuration have the flag.
     linears = [m for m in model.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]

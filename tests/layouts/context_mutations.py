@@ -20,16 +20,12 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from context_packs import PACKS, module_arguments, pack
+from context_step_worker import one_step
 from megatron.core import parallel_state
-from torch import Tensor, nn
+from torch import Tensor
 
-from step37_lit.config import Step37Config
-from step37_lit.lit_module import with_overrides
-from step37_lit.megatron import context, data_parallel, head, process, schedule, vision_parallel
-from step37_lit.megatron.build import build_model
+from step37_lit.megatron import context, head, process, schedule, vision_parallel
 from step37_lit.megatron.layout import ParallelLayout
-from step37_lit.megatron.optimizer import AdamWSettings, ForwardingOptimizer
 from step37_lit.model import mtp, step37_model
 
 Patch = pytest.MonkeyPatch
@@ -172,33 +168,6 @@ TENSOR: dict[str, Callable[[Patch], None]] = {
     "images encoded twice": encoded_twice,
     "tower's gradients not summed over tensor ranks": tower_not_summed_over_tensor_ranks,
 }
-
-
-def one_step(layout: ParallelLayout) -> dict[str, float]:
-    """Loss, gradient norm and encoded images of one global step; the same on every rank."""
-    arguments = module_arguments()
-    config = with_overrides(
-        Step37Config.preset(arguments["preset"]), text=arguments["text"], vision=arguments["vision"]
-    )
-    model = build_model(config, layout, seed=arguments["seed"])
-    ddp = data_parallel.wrap(model)
-    optimizer = ForwardingOptimizer(ddp, AdamWSettings(lr=1e-4), clip_grad=1.0, dtype=torch.float32)
-    images = torch.zeros(())
-    if model.vision_model is not None:
-
-        def count(tower: nn.Module, inputs: tuple[Tensor, ...], features: Tensor) -> None:
-            images.add_(len(inputs[0]))
-
-        model.vision_model.register_forward_hook(count)
-    ranks = parallel_state.get_data_parallel_world_size()
-    packs = [pack(number) for number in range(parallel_state.get_data_parallel_rank(), PACKS, ranks)]
-    result = schedule.train_step(ddp, packs)
-    optimizer.step()
-    dist.all_reduce(images)
-    weight = config.text.mtp_loss_weight
-    loss = float(result.loss + weight * result.mtp_losses.mean())
-    assert optimizer.grad_norm is not None
-    return {"loss": loss, "norm": optimizer.grad_norm, "images": float(images)}
 
 
 def main() -> None:

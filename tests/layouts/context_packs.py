@@ -36,6 +36,12 @@ MODULE: dict[str, Any] = {
     "seed": 5,
 }
 
+# The same with dense layers only: megatron refuses experts under tensor parallelism without sequence parallelism.
+DENSE: dict[str, Any] = {
+    "preset": "tiny",
+    "text": {name: value for name, value in MODULE["text"].items() if "expert" not in name} | {"num_layers": 4},
+}
+
 
 def module_arguments(**changed: Any) -> dict[str, Any]:
     return MODULE | changed
