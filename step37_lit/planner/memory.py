@@ -1,0 +1,91 @@
+"""Peak memory of the ranks of each pipeline stage: state, activations of the micro-batches in flight, working space."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from step37_lit.config import Step37Config
+from step37_lit.planner.activations import ActivationTable
+from step37_lit.planner.layout import PlannedLayout
+from step37_lit.planner.weights import StateBytes, state_bytes
+from step37_lit.planner.work import Training
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on a rank of one pipeline stage.
+
+    Args:
+        stage: Pipeline stage.
+        layers: Decoder layers, over its chunks.
+        state: Weights, gradients and optimizer.
+        in_flight: Micro-batches (times chunks) whose activations are kept at the peak.
+        activations: Of those.
+        working: Largest thing that is there for a moment: a layer that is computed again, gradients of logits.
+    """
+
+    stage: int
+    layers: int
+    state: StateBytes
+    in_flight: int
+    activations: float
+    working: float
+
+    @property
+    def peak(self) -> float:
+        return self.state.total + self.activations + self.working
+
+
+def stage_memory(config: Step37Config, layout: PlannedLayout, training: Training, stage: int) -> StageMemory:
+    """Memory of pipeline stage `stage`, on its rank with the most optimizer state."""
+    table = ActivationTable(config, layout, training)
+    chunks = layout.chunks_of_stage(stage)
+    activations, in_flight = peak_in_flight([table.chunk_bytes(chunk) for chunk in chunks], layout, training, stage)
+    return StageMemory(
+        stage=stage,
+        layers=sum(len(layout.layers(config.text)[chunk]) for chunk in chunks),
+        state=state_bytes(config, layout, stage, training.dtype, training.frozen),
+        in_flight=in_flight,
+        activations=activations,
+        working=max(table.working_bytes(chunk) for chunk in chunks),
+    )
+
+
+def peak_in_flight(
+    chunk_bytes: Sequence[float], layout: PlannedLayout, training: Training, stage: int
+) -> tuple[float, int]:
+    """Most bytes that are kept at once by megatron's schedule, and how many forward passes that are.
+
+    Args:
+        chunk_bytes: Kept of one micro-batch by each chunk of the stage.
+        layout: The layout.
+        training: Its number of micro-batches.
+        stage: Pipeline stage.
+    """
+    kept = peak = 0.0
+    count = most = 0
+    for forward, chunk in _order(layout, training.microbatches, stage):
+        kept += chunk_bytes[chunk] if forward else -chunk_bytes[chunk]
+        count += 1 if forward else -1
+        if kept > peak:
+            peak, most = kept, count
+    return peak, most
+
+
+def _order(layout: PlannedLayout, microbatches: int, stage: int) -> Iterator[tuple[bool, int]]:
+    """Forward (True) and backward passes of a stage in megatron's order, with the number of the chunk: one forward,
+    one backward after a warm-up (PipeDream-flush, arXiv:2104.04473)."""
+    chunks, stages = layout.virtual_pipeline, layout.pipeline
+    passes = microbatches * chunks
+    if chunks == 1:
+        warmup = stages - stage - 1
+    else:
+        warmup = 2 * (stages - stage - 1) + (chunks - 1) * stages
+    warmup = min(warmup, passes)
+    for done in range(warmup):
+        yield True, (done // stages) % chunks
+    for done in range(passes):
+        if warmup + done < passes:
+            yield True, ((warmup + done) // stages) % chunks
+        yield False, chunks - 1 - (done // stages) % chunks
