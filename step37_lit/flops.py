@@ -46,6 +46,10 @@ class Flops:
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         return Flops(*(own + others for own, others in pairs))
 
+    def dot(self, factors: Flops) -> float:
+        """Sum of the parts, each times its factor."""
+        return sum(own * factor for own, factor in zip(dataclasses.astuple(self), dataclasses.astuple(factors), strict=True))
+
     def __mul__(self, factor: float) -> Flops:
         return Flops(*(factor * value for value in dataclasses.astuple(self)))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from step37_lit.config import Step37Config
 from step37_lit.planner.layout import PlannedLayout
@@ -76,6 +77,19 @@ class ActivationTable:
     def layer_bytes(self, layer: int, recompute: Recompute | None = None) -> float:
         """Kept by a decoder layer (or the decoder layer inside an MTP layer) from its forward to its backward pass."""
         recompute = self.training.recompute if recompute is None else recompute
+        text = self.config.text
+        kind: tuple = (text.layer_types[layer], layer in text.moe_layers, recompute)
+        kind += (text.swiglu_limits[layer], text.swiglu_limits_shared[layer])
+        if kind not in self._of_kinds:
+            self._of_kinds[kind] = self._layer_bytes(layer, recompute)
+        return self._of_kinds[kind]
+
+    @cached_property
+    def _of_kinds(self) -> dict[tuple, float]:
+        """Layers of one kind keep the same; there are few kinds."""
+        return {}
+
+    def _layer_bytes(self, layer: int, recompute: Recompute) -> float:
         rows = [row for row in self._needed(self.layer(layer)) if row.group not in RECOMPUTED[recompute]]
         # A checkpointed function keeps its inputs: the residual stream, or the attention's query, key and value.
         if recompute == "full":

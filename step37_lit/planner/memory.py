@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from operator import mul
 
 from step37_lit.config import Step37Config
 from step37_lit.planner.activations import ActivationTable
@@ -63,20 +65,26 @@ def peak_in_flight(
         training: Its number of micro-batches.
         stage: Pipeline stage.
     """
-    kept = peak = 0.0
-    count = most = 0
-    for forward, chunk in _order(layout, training.microbatches, stage):
-        kept += chunk_bytes[chunk] if forward else -chunk_bytes[chunk]
-        count += 1 if forward else -1
-        if kept > peak:
-            peak, most = kept, count
-    return peak, most
+    # The order repeats itself every `pipeline` micro-batches: two rounds show the peak.
+    microbatches = min(training.microbatches, 2 * layout.pipeline)
+    moments = _counts_in_flight(layout.pipeline, layout.virtual_pipeline, microbatches, stage)
+    peak, count = max((sum(map(mul, counts, chunk_bytes)), sum(counts)) for counts in moments)
+    return peak, count
 
 
-def _order(layout: PlannedLayout, microbatches: int, stage: int) -> Iterator[tuple[bool, int]]:
+@lru_cache(maxsize=4096)
+def _counts_in_flight(stages: int, chunks: int, microbatches: int, stage: int) -> tuple[tuple[int, ...], ...]:
+    """Micro-batches that each chunk of the stage keeps, at every moment when it is more than at others."""
+    counts, seen = [0] * chunks, set()
+    for forward, chunk in _order(stages, chunks, microbatches, stage):
+        counts[chunk] += 1 if forward else -1
+        seen.add(tuple(counts))
+    return tuple(c for c in seen if not any(c != o and all(a <= b for a, b in zip(c, o, strict=True)) for o in seen))
+
+
+def _order(stages: int, chunks: int, microbatches: int, stage: int) -> Iterator[tuple[bool, int]]:
     """Forward (True) and backward passes of a stage in megatron's order, with the number of the chunk: one forward,
     one backward after a warm-up (PipeDream-flush, arXiv:2104.04473)."""
-    chunks, stages = layout.virtual_pipeline, layout.pipeline
     passes = microbatches * chunks
     if chunks == 1:
         warmup = stages - stage - 1

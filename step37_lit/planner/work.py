@@ -89,3 +89,13 @@ class Training:
 
     def __post_init__(self) -> None:
         require(self.microbatches > 0, "microbatches", "a positive number", self.microbatches)
+
+    @property
+    def passes(self) -> Flops:
+        """How many times the forward pass's operations each part costs: backward is twice forward, once where only the
+        gradient of its input is wanted, and what is recomputed runs once more."""
+        language = 2.0 if "language" in self.frozen else 3.0
+        whole, core = (float(self.recompute in modes) for modes in (("full",), ("selective", "full")))
+        vision = 1.0 if "vision" in self.frozen else 3.0 + self.vision_recompute
+        layers = language + whole
+        return Flops(vision, layers, 3.0 + core, layers, layers, language, language)
