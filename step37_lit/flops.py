@@ -48,7 +48,9 @@ class Flops:
 
     def dot(self, factors: Flops) -> float:
         """Sum of the parts, each times its factor."""
-        return sum(own * factor for own, factor in zip(dataclasses.astuple(self), dataclasses.astuple(factors), strict=True))
+        return sum(
+            own * factor for own, factor in zip(dataclasses.astuple(self), dataclasses.astuple(factors), strict=True)
+        )
 
     def __mul__(self, factor: float) -> Flops:
         return Flops(*(factor * value for value in dataclasses.astuple(self)))

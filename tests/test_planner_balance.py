@@ -69,7 +69,9 @@ def test_time_has_no_longer_chunk_than_any_split() -> None:
         split = dataclasses.replace(layout, stage_layers=counts)
         return max(training.passes.dot(chunk_flops(config, split, training.pack, chunk)) for chunk in range(3))
 
-    assert longest(balanced_split(config, layout, training, "time")) == pytest.approx(min(longest(c) for c in splits(9, 3)))
+    assert longest(balanced_split(config, layout, training, "time")) == pytest.approx(
+        min(longest(c) for c in splits(9, 3))
+    )
 
 
 def test_the_published_model_over_eight_stages() -> None:

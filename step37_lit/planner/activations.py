@@ -2,8 +2,8 @@
 
 t = tokens of a micro-batch on this rank, r = rows of the residual stream (t, or t / tensor ranks under sequence
 parallelism), m = rows of the routed experts, H = hidden, N = query heads, G = key/value heads, D = head_dim,
-F = inner width, E = experts, k = experts of a token, e = bytes of the model's dtype. Heads and inner widths are a tensor
-rank's. tests/test_planner_memory.py counts the tensors that real runs keep.
+F = inner width, E = experts, k = experts of a token, e = bytes of the model's dtype. Heads and inner widths are those
+of a tensor rank. tests/layouts/test_planned_memory.py counts the tensors that real runs keep.
 
 A recomputation mode is a set of groups of rows that are not kept (`RECOMPUTED`), and what is kept in their place.
 """
@@ -208,7 +208,7 @@ class ActivationTable:
     def _norm(
         self, what: str, width: float, rows: float, vectors: float = 1, input_width: float | None = None
     ) -> Iterator[Kept]:
-        """RMSNorm in fp32: its input and one root a vector; composed of single operations (CPU), the normed input too."""
+        """RMSNorm in fp32: its input and a root for each vector; of single operations (CPU), the normed input too."""
         yield Kept("norm", f"{what}: input", rows * FP32_BYTES * (width if input_width is None else input_width))
         yield Kept("norm", f"{what}: 1 / rms", rows * FP32_BYTES * vectors)
         if self.on_cpu:
@@ -271,7 +271,9 @@ class ActivationTable:
         # Under sequence parallelism the head gathers the row itself, and computes every position.
         gathered = self.layout.sequence_parallel
         tokens = self.tokens if gathered else self.training.pack.learnt / self.layout.context
-        yield Kept("head", "input of output_layer", (self.rows if gathered else tokens) * text.hidden_size * self.item, True)
+        yield Kept(
+            "head", "input of output_layer", (self.rows if gathered else tokens) * text.hidden_size * self.item, True
+        )
         yield Kept("head", "softmax", tokens * FP32_BYTES * text.vocab_size / self.layout.tensor)
         yield Kept("head", "labels, indices and losses", tokens * (1 + 2 * 8 + FP32_BYTES))
 

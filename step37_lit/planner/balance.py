@@ -1,4 +1,4 @@
-"""Decoder layers of each pipeline chunk, so that no stage has much more memory to hold, or time to take, than others."""
+"""Decoder layers of each pipeline chunk, so that no stage needs much more memory, or time, than others."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def balanced_split(
 
     "memory" minimises the largest stage's peak memory (state, activations of the micro-batches in flight, working
     space), "time" the longest chunk's operations; then the second largest, and so on. Virtual stages run by turns, and
-    uneven ones would wait for each other: with them "memory" moves a chunk by a layer at most from what "time" gives it. Embedding and vision tower stay
-    in front, head and MTP layers behind. Single layers are moved while that helps; tests/test_planner_balance.py
-    compares with all splits of small models.
+    uneven ones would wait for each other: with them "memory" moves a chunk by a layer at most from what "time" gives
+    it. Embedding and vision tower stay in front, head and MTP layers behind. Single layers are moved while that helps;
+    tests/test_planner_balance.py compares with all splits of small models.
 
     Args:
         config: The model.
@@ -96,7 +96,8 @@ class _Costs:
         passes, lengths = training.passes, training.pack.lengths
         self.operations = [passes.dot(decoder_flops(config.text, lengths, [layer])) for layer in layers]
         self.operations_beside = [
-            passes.dot(chunk_flops(config, layout, training.pack, chunk)) - sum(self.operations[layer] for layer in span)
+            passes.dot(chunk_flops(config, layout, training.pack, chunk))
+            - sum(self.operations[layer] for layer in span)
             for chunk, span in enumerate(spans)
         ]
 

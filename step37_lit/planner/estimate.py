@@ -78,7 +78,9 @@ def plan(
     slowest = busy.index(longest)
     packs = training.microbatches * layout.data
     operations = 3 * training.pack.flops(config).total * packs
-    per_step = [times[s] * training.microbatches + Traffic(data=times[s].data * (1 - training.microbatches)) for s in stages]
+    per_step = [
+        times[s] * training.microbatches + Traffic(data=times[s].data * (1 - training.microbatches)) for s in stages
+    ]
     sent = [traffic[s] * training.microbatches + Traffic(data=sum(data[s])) for s in stages]
     return Plan(
         layout=layout,
@@ -120,6 +122,7 @@ def _stage_compute(
 ) -> float:
     """Seconds of a micro-batch on a rank of the stage."""
     operations = sum(
-        training.passes.dot(chunk_flops(config, layout, training.pack, chunk)) for chunk in layout.chunks_of_stage(stage)
+        training.passes.dot(chunk_flops(config, layout, training.pack, chunk))
+        for chunk in layout.chunks_of_stage(stage)
     )
     return operations / (layout.tensor * layout.context) / hardware.flops_per_second

@@ -86,11 +86,8 @@ def _order(stages: int, chunks: int, microbatches: int, stage: int) -> Iterator[
     """Forward (True) and backward passes of a stage in megatron's order, with the number of the chunk: one forward,
     one backward after a warm-up (PipeDream-flush, arXiv:2104.04473)."""
     passes = microbatches * chunks
-    if chunks == 1:
-        warmup = stages - stage - 1
-    else:
-        warmup = 2 * (stages - stage - 1) + (chunks - 1) * stages
-    warmup = min(warmup, passes)
+    interleaved = 2 * (stages - stage - 1) + (chunks - 1) * stages
+    warmup = min(stages - stage - 1 if chunks == 1 else interleaved, passes)
     for done in range(warmup):
         yield True, (done // stages) % chunks
     for done in range(passes):

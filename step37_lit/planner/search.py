@@ -34,9 +34,7 @@ class Search:
     plans: list[Plan]
 
 
-def search(
-    config: Step37Config, ranks: int, global_batch: int, training: Training, hardware: Hardware
-) -> Search:
+def search(config: Step37Config, ranks: int, global_batch: int, training: Training, hardware: Hardware) -> Search:
     """Tries every layout over `ranks` GPUs, each with the recomputation that adds fewest operations where it fits.
 
     Stages are split by time, and by memory where that does not fit.
@@ -48,7 +46,8 @@ def search(
         training: Its pack, dtype and frozen parts; micro-batches and recomputation are the search's.
         hardware: What has to fit and how fast it is.
     """
-    tried, plans = 0, []
+    tried = 0
+    plans: list[Plan] = []
     for layout in layouts(config, ranks, training.pack.tokens, hardware.gpus_per_node):
         microbatches = global_batch // layout.data
         if microbatches * layout.data != global_batch:

@@ -25,18 +25,16 @@ DType = Literal["fp32", "bf16"]
 ITEM_BYTES: dict[DType, int] = {"fp32": 4, "bf16": 2}
 FP32_BYTES = 4
 # Siblings in the order in which modules register them, which is the order of megatron's buffers (from behind).
-_ORDER = {
-    name: place
-    for place, name in enumerate(
-        "embedding vision_model align_projector decoder"
-        " positional_embedding conv1 ln_pre transformer vit_downsampler1 vit_downsampler2"
-        " in_proj_weight in_proj_bias out_proj c_fc c_proj ln_1 attn ls_1 ln_2"
-        " enorm hnorm eh_proj transformer_layer layers input_layernorm self_attention pre_mlp_layernorm mlp ls_2"
-        " linear_qkv linear_gate q_layernorm k_layernorm linear_proj"
-        " router experts shared_experts linear_fc1 linear_fc2 weight1 weight2"
-        " final_layernorm output_layer mtp word_embeddings resblocks weight bias gamma".split()
-    )
-}
+_SIBLINGS = (
+    "embedding", "vision_model", "align_projector", "decoder", "positional_embedding", "conv1", "ln_pre",
+    "transformer", "vit_downsampler1", "vit_downsampler2", "in_proj_weight", "in_proj_bias", "out_proj",
+    "c_fc", "c_proj", "ln_1", "attn", "ls_1", "ln_2", "enorm", "hnorm", "eh_proj", "transformer_layer",
+    "layers", "input_layernorm", "self_attention", "pre_mlp_layernorm", "mlp", "ls_2", "linear_qkv",
+    "linear_gate", "q_layernorm", "k_layernorm", "linear_proj", "router", "experts", "shared_experts",
+    "linear_fc1", "linear_fc2", "weight1", "weight2", "final_layernorm", "output_layer", "mtp",
+    "word_embeddings", "resblocks", "weight", "bias", "gamma",
+)  # fmt: skip
+_ORDER = {name: place for place, name in enumerate(_SIBLINGS)}
 _TENSOR_SPLIT = ("linear_qkv", "linear_gate", "linear_proj", "linear_fc1", "linear_fc2")
 
 

@@ -22,8 +22,8 @@ from step37_lit.planner.weights import rank_weights, state_bytes
 from step37_lit.planner.work import Pack, Training
 
 WORKER = Path(__file__).with_name("planner_worker.py")
-# Relative, of the peak of saved tensors (mean of the ranks of a stage). Measured: 0.5% and less where no experts are
-# split; with EP2 4% (which tokens reach a rank is not for a planner to know, only their mean).
+# Relative, of the peak of saved tensors (mean of the ranks of a stage). Measured: at most 1% off, with experts under
+# sequence parallelism 3.5% (which tokens reach a rank is not for a planner to know, only their mean).
 TOLERANCE = 0.10
 DENSE = {"text": TEXT, "vision": VISION}
 MTP = {"text": MTP_TEXT, "vision": VISION}
@@ -48,7 +48,10 @@ def run(folder: Path, devices: int, strategy: dict, module: dict, dtype: str) ->
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(devices)]
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("data parallel 2", "tensor parallel 2, bf16")  # the others cover what is in them
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else []) for n in CASES])
 def test_prediction(name: str, tmp_path: Path) -> None:
     devices, strategy, module, dtype = CASES[name]
     ranks = run(tmp_path, devices, strategy, module, dtype)
@@ -60,9 +63,7 @@ def test_prediction(name: str, tmp_path: Path) -> None:
     arguments = {"freeze_language_model": "language", "freeze_vision_model": "vision"}
     frozen = frozenset(part for argument, part in arguments.items() if module.get(argument))
     for rank in ranks:
-        state = state_bytes(
-            config, layout, rank["stage"], dtype, frozen, rank["data_rank"], rank["expert_data_rank"]
-        )
+        state = state_bytes(config, layout, rank["stage"], dtype, frozen, rank["data_rank"], rank["expert_data_rank"])
         held = {kind: rank[kind] for kind in ("parameters", "weights", "gradients", "optimizer")}
         assert held == vars(state)
     for stage in range(layout.pipeline):
@@ -76,7 +77,8 @@ def test_prediction(name: str, tmp_path: Path) -> None:
                 predictions.append(stage_memory(config, layout, training, stage).activations)
         predicted = sum(predictions) / len(predictions)
         measured = sum(rank["activations"] for rank in peers) / len(peers)
-        print(f"{name}, stage {stage}: predicted {predicted:.0f} bytes, measured {measured:.0f}: {predicted / measured:.4f}")
+        ratio = predicted / measured
+        print(f"{name}, stage {stage}: predicted {predicted:.0f} bytes, measured {measured:.0f}: {ratio:.4f}")
         assert predicted == pytest.approx(measured, rel=TOLERANCE)
 
 
