@@ -138,9 +138,7 @@ def _layout(options: Namespace, recipe: Recipe, training: Training) -> Any:
     if split not in (None, "memory", "time"):
         layout = dataclasses.replace(layout, stage_layers=tuple(_numbers("--stage-layers", split)))
     elif split is not None or recipe.config.text.num_layers % layout.chunks:
-        # Sizes are checked before their stages are looked at.
-        placeholder = (recipe.config.text.num_layers - layout.chunks + 1, *(1,) * (layout.chunks - 1))
-        dataclasses.replace(layout, stage_layers=placeholder).validate(recipe.config)
+        layout.validate_sizes(recipe.config)
         counts = balanced_split(recipe.config, layout, training, split or "memory")
         layout = dataclasses.replace(layout, stage_layers=counts)
     layout.validate(recipe.config)

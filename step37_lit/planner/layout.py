@@ -88,7 +88,16 @@ class PlannedLayout:
         return range(stage, self.chunks, self.pipeline)
 
     def validate(self, config: Step37Config) -> None:
-        """Refuses a layout that cannot work on any version.
+        """Refuses a layout that cannot work.
+
+        Raises:
+            ConfigError: see `validate_sizes`; or `stage_layers` do not cut the decoder into the chunks.
+        """
+        self.validate_sizes(config)
+        self._check_stages(config.text)
+
+    def validate_sizes(self, config: Step37Config) -> None:
+        """Refuses sizes that cannot work, whatever layers the stages get.
 
         Raises:
             ConfigError: a size does not divide what it splits; names the field, both numbers and the nearest size
@@ -103,7 +112,6 @@ class PlannedLayout:
         require(self.ranks % product == 0, "tensor x pipeline x context", f"a divisor of {self.ranks} ranks", product)
         single = "1 with one pipeline stage"
         require(self.pipeline > 1 or self.virtual_pipeline == 1, "virtual_pipeline", single, self.virtual_pipeline)
-        self._check_stages(text)
         self._check_experts(text)
         require(not self.sequence_parallel or self.tensor > 1, "sequence_parallel", "false with tensor 1", True)
 

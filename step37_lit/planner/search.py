@@ -84,9 +84,8 @@ def layouts(config: Step37Config, ranks: int, tokens: int, gpus_per_node: int) -
 
 
 def _divides(config: Step37Config, layout: PlannedLayout) -> bool:
-    counts = (config.text.num_layers - layout.chunks + 1, *(1,) * (layout.chunks - 1))  # any split: only its sum counts
     try:
-        dataclasses.replace(layout, stage_layers=counts).validate(config)
+        layout.validate_sizes(config)
     except ConfigError:
         return False
     return True
