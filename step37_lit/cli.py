@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from step37_lit.commands import INTERRUPTED, USER_ERROR
 from step37_lit.config import ConfigError
 from step37_lit.lit_module import Step37LitModule
+from step37_lit.planner.short import short_form
 from step37_lit.report import write_report
 from step37_lit.run_log import ContinuingCSVLogger, figures
 
@@ -142,7 +143,9 @@ class Step37CLI(LightningCLI):
         self.model.check(self.trainer, self.datamodule, fitting=self.subcommand == "fit")
 
     def before_fit(self) -> None:
-        """The first Ctrl-C ends training behind the current step on all ranks; the second one at once."""
+        """Prints the plan. The first Ctrl-C ends training behind the current step on all ranks; the second at once."""
+        if self.trainer.is_global_zero:
+            print(short_form(*self.model.planned(self.trainer)), flush=True)
 
         def stop(number: int, frame: FrameType | None) -> None:
             self.trainer.strategy.stop_requested = True
