@@ -31,7 +31,7 @@ from step37_lit.megatron.strategy import MegatronStrategy
 from step37_lit.report import write_report
 from step37_lit.resume import Resume, ResumeMode, choose, compare, explicit
 from step37_lit.run_checkpoints import RunCheckpoints
-from step37_lit.run_log import ContinuingCSVLogger
+from step37_lit.run_log import ContinuingCSVLogger, figures
 
 LIGHTNING_LOGGERS = ("lightning.pytorch", "lightning.fabric")
 PROJECT_PACKAGES = ["step37_lit", "datamodules", "callbacks"]
@@ -199,17 +199,13 @@ class Step37CLI(LightningCLI):
 
 def summary(trainer: pl.Trainer) -> str:
     """Three lines for the end of a run: what was reached, the checkpoint, and where everything is."""
-    validated = ("loss", "attribute_accuracy", "attribute_accuracy_seen", "generated_attribute_accuracy", "cider_d")
-    shown = ["train/loss", *(f"val/{name}" for name in validated)]
-    metrics = trainer.callback_metrics
-    reached = ", ".join(f"{name} {float(metrics[name]):.4f}" for name in shown if name in metrics)
     root = Path(trainer.default_root_dir)
     checkpoint = trainer.checkpoint_callback
     saved = "none"
     if isinstance(checkpoint, RunCheckpoints | ModelCheckpoint):
         saved = checkpoint.last_model_path or checkpoint.best_model_path or "none"
     return (
-        f"reached     step {trainer.global_step}: {reached}\n"
+        f"reached     step {trainer.global_step}: {figures(trainer.callback_metrics, training=True)}\n"
         f"checkpoint  {saved}\n"
         f"files       {root}: metrics.csv, config.yaml, pictures; curves: tensorboard --logdir {root}"
     )
