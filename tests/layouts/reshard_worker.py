@@ -1,9 +1,10 @@
-"""Trains, saves, loads and digests checkpoints on N ranks: what the tests of resharding start.
+"""Trains, saves, loads and digests checkpoints in several layouts of N ranks: what the tests of resharding start.
 
-python tests/layouts/reshard_worker.py '{"folder": ..., "devices": 2, "strategy": {...}, "module": {...}, "sources": [...]}'
+RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 ... python tests/layouts/reshard_worker.py '[{"folder": ..., "strategy": {}, ...}]'
 
-Without sources: trains `steps` steps and saves to FOLDER/made. With sources: loads each of them into this layout, saves
-it again below FOLDER. Weights and optimizer state are then compared file against file, by `digests`.
+A case without sources trains `steps` steps and saves to FOLDER/made. One with sources loads each of them into its
+layout and saves it again below FOLDER, so that weights and optimizer state can be compared by `digests`. All cases of N
+ranks run in the same processes, since starting them takes longer than a case.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 import lightning.pytorch as pl
 import torch
+from megatron.core import parallel_state
 from training import TinyData, module_arguments, trainer_arguments
 
 from step37_lit import MegatronStrategy, Step37LitModule
@@ -51,22 +53,28 @@ class LoadAndSave(pl.Callback):
             state = strategy.load_checkpoint(source)
             strategy.load_model_state_dict(state)
             strategy.load_optimizer_state_dict(state)
-            trainer.save_checkpoint(self.folder / Path(source).parent.name)
+            trainer.save_checkpoint(self.folder / f"from {Path(source).parent.name}")
         strategy.saver.wait()
         trainer.should_stop = True
 
 
-def main() -> None:
-    job = json.loads(sys.argv[1])
-    torch.set_num_threads(1)
-    folder = Path(job["folder"])
-    sources = job["sources"]
+def run(case: dict[str, Any], devices: int) -> None:
+    folder, sources = Path(case["folder"]), case["sources"]
     callbacks = [LoadAndSave(sources, folder)] if sources else []
-    arguments = trainer_arguments(folder, devices=job["devices"], max_steps=job["steps"], limit_val_batches=0)
-    trainer = pl.Trainer(strategy=MegatronStrategy(**job["strategy"]), callbacks=callbacks, **arguments)
-    trainer.fit(Step37LitModule(**module_arguments(decay_steps=40, **job["module"])), datamodule=TinyData(steps=40))
+    arguments = trainer_arguments(folder, devices=devices, max_steps=case["steps"], limit_val_batches=0)
+    trainer = pl.Trainer(strategy=MegatronStrategy(**case["strategy"]), callbacks=callbacks, **arguments)
+    trainer.fit(Step37LitModule(**module_arguments(decay_steps=40, **case["module"])), datamodule=TinyData(steps=40))
     if not sources:
         trainer.save_checkpoint(folder / "made")
+    parallel_state.destroy_model_parallel()  # the next case has another layout
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    environment = dict(os.environ)
+    for case in json.loads(sys.argv[1]):
+        os.environ.update(environment)  # of which Lightning removes some at the end of a run
+        run(case, int(environment["WORLD_SIZE"]))
 
 
 if __name__ == "__main__":
