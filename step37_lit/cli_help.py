@@ -2,7 +2,7 @@
 
 HELP = """\
 usage: python -m step37_lit {fit,validate,test,predict} --config RECIPE [--section.field VALUE ...]
-       python -m step37_lit {shard,index,caption,report} ...
+       python -m step37_lit {shard,index,caption,report,convert} ...
 
 Step-3.7, a vision-language model, on megatron-core in PyTorch Lightning.
 
@@ -15,6 +15,7 @@ subcommands:
   index      index shards, so that epochs can be planned; add token lengths for a recipe
   shard --inspect SHARDS --config RECIPE   a page about shards and the packs that are made of them
   caption    captions of pictures by a run, a checkpoint or a hub folder
+  convert    a hub folder to a checkpoint, and back
   report     one page about a run: curves, stages, captions side by side (fit writes it at its end)
 
 often used:

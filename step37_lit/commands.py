@@ -14,6 +14,7 @@ COMMANDS = {
     "index": "datamodules.commands.index",
     "caption": "step37_lit.caption_command",
     "report": "step37_lit.report_command",
+    "convert": "step37_lit.convert_command",
 }
 USER_ERROR = 2
 INTERRUPTED = 130

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from step37_lit.config import ConfigError
+from step37_lit.text_file import read_bytes
 
 T = TypeVar("T")
 _MISSING = object()
@@ -22,11 +23,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise ConfigError("the file", "a file that can be read", error.strerror, file) from error
-    return parse_json_object(content, file)
+    return parse_json_object(read_bytes(file), file)
 
 
 def parse_json_object(content: bytes, file: Path) -> dict[str, Any]:

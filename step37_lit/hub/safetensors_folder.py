@@ -85,6 +85,10 @@ class SafetensorsFolder:
         """Dtype and shape of tensor `name`."""
         return self._file_of[name].entries[name]
 
+    def file_of(self, name: str) -> Path:
+        """The file that holds tensor `name`."""
+        return self._file_of[name].file
+
     @property
     def bytes_read(self) -> int:
         """Bytes of tensors that were read so far."""
