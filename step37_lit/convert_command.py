@@ -20,7 +20,7 @@ Converts between hub folders and checkpoints, one tensor at a time. What is writ
 EXAMPLES = """\
 examples:
   python -m step37_lit convert import --hub hub/step37 --output checkpoints/step37
-  python -m step37_lit convert export --checkpoint runs/scenes_tiny/checkpoints/step_002000 --output hub/mine --dtype bf16
+  python -m step37_lit convert export --checkpoint runs/mine/checkpoints/step_002000 --output hub/mine --dtype bf16
 """
 
 

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from step37_lit.config import ConfigError
 from step37_lit.hub.config_json import read_hub_config
-from step37_lit.hub.load import load_hub_model
+from step37_lit.hub.load import load_hub_model, loadable_weights
 from step37_lit.hub.names import name_table
 from step37_lit.hub.safetensors_folder import INDEX_FILE, SINGLE_FILE
-from step37_lit.megatron.local_weights import loadable_weights
 from tests.hub_configs import FULL, SLIDING, published_hub_config
 
 
@@ -72,7 +71,7 @@ def write_index(folder: Path, weight_map: dict[str, str]) -> None:
 
 
 def assert_loaded(model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
-    weights = dict(loadable_weights(model))
+    weights = loadable_weights(model)
     for row in name_table(model.step37):
         if row.ours is not None:
             parts = row.conversion.to_hub(weights[row.ours].detach(), [tensor.shape for tensor in row.hub])

@@ -9,9 +9,9 @@ import torch
 
 from step37_lit.config import Step37Config
 from step37_lit.hub.conversions import COPY, GATE_UP, FuseQKV
+from step37_lit.hub.load import loadable_weights
 from step37_lit.hub.names import name_table, text_rows, vision_rows
 from step37_lit.megatron.build import build_model
-from step37_lit.megatron.local_weights import loadable_weights
 
 
 def test_published_totals() -> None:
@@ -34,7 +34,7 @@ def test_the_model_has_the_tables_weights(preset: str, changed: dict, one_rank: 
     config = Step37Config.preset(preset, **changed)
     model = build_model(config, dtype=torch.bfloat16, device="meta")
     rows = {row.ours: row for row in name_table(config) if row.ours is not None}
-    weights = dict(loadable_weights(model))
+    weights = loadable_weights(model)
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
     assert set(weights) == set(rows)
     for name, weight in weights.items():
@@ -72,7 +72,7 @@ def test_mtp_rows_have_names_where_the_model_builds_them() -> None:
 
 def test_projector_bias_is_in_the_table(one_rank: None) -> None:
     config = dataclasses.replace(Step37Config.preset("tiny"), projector_bias=True)
-    assert {row.ours for row in name_table(config)} == set(dict(loadable_weights(build_model(config, device="meta"))))
+    assert {row.ours for row in name_table(config)} == set(loadable_weights(build_model(config, device="meta")))
 
 
 @pytest.mark.parametrize("heads", [4, 12])

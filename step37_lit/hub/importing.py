@@ -79,7 +79,7 @@ def import_hub(hub: str | Path, output: str | Path) -> Imported:
             saved_model.write_description(staged, config, processor, None)
             (staged / TEXT_FOLDER).mkdir()
             for name, content in texts.items():
-                if not (staged / name).exists():  # the tokenizer and its template have a place of their own
+                if processor is None or name not in (TOKENIZER_FILE, TEMPLATE_FILE):  # which are written already
                     (staged / TEXT_FOLDER / name).write_bytes(content)
             main = max(set(dtypes.values()), key=lambda dtype: list(dtypes.values()).count(dtype))
             checkpoint_folder.commit(target, "weights", step=0, dtype=str(main).removeprefix("torch."))

@@ -16,7 +16,8 @@ from step37_lit.hub.names import Row, name_table
 from step37_lit.hub.safetensors_folder import SafetensorsFolder
 from step37_lit.megatron import process
 from step37_lit.megatron.build import build_model
-from step37_lit.megatron.local_weights import Part, loadable_weights, parts, raise_together
+from step37_lit.megatron.initialize import global_name
+from step37_lit.megatron.reading import RankPart, parts, raise_together
 from step37_lit.model.step37_model import Step37Model
 
 logger = logging.getLogger(__name__)
@@ -135,15 +136,16 @@ def _load(chunks: Sequence[Step37Model], path: str | Path) -> int:
         _say_what_mtp_becomes(config, plan, path)
         for chunk in chunks:
             places = parts(chunk)
-            for name, weight in loadable_weights(chunk):
+            for local, weight in loadable_weights(chunk).items():
+                name = global_name(chunk, local)
                 if name not in plan.rows:
                     raise RuntimeError(f"{name}: in the model, not in the name table")
                 _read(plan.rows[name], weight.detach(), folder, places)
         return folder.bytes_read
 
 
-def _read(row: Row, weight: Tensor, folder: SafetensorsFolder, places: dict[str, Part]) -> None:
-    part = Part(0, 1) if row.split is None else places[row.split.over]
+def _read(row: Row, weight: Tensor, folder: SafetensorsFolder, places: dict[str, RankPart]) -> None:
+    part = RankPart(0, 1) if row.split is None else places[row.split.over]
     shapes = [_part_shape(row, tensor.shape, part.ranks) for tensor in row.hub]
     fused = row.conversion.fused_shape(shapes)
     if weight.shape != fused:
@@ -166,3 +168,10 @@ def _say_what_mtp_becomes(config: Step37Config, plan: LoadPlan, path: str | Path
         logger.warning("%s: %d tensors of %d MTP layers are not loaded", path, len(plan.not_loaded), layers)
     elif layers and not config.text.mtp:
         logger.warning("%s: the config has %d MTP layers, the checkpoint none of their tensors", path, layers)
+
+
+def loadable_weights(model: Step37Model) -> dict[str, Tensor]:
+    """Parameters and the routers' biases by name: what a checkpoint holds of a rank's part of the model."""
+    weights: dict[str, Tensor] = dict(model.named_parameters())
+    weights |= {name: buffer for name, buffer in model.named_buffers() if name.endswith(".expert_bias")}
+    return weights

@@ -1,40 +1,27 @@
-"""What this rank holds of the whole model, by the names that do not depend on the layout."""
+"""Reading weights in any layout: this rank's part of what is split, and errors that all ranks must know of."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from megatron.core.utils import get_pg_rank, get_pg_size
-from torch import Tensor
 
 from step37_lit.config import ConfigError
-from step37_lit.megatron.initialize import global_name
 from step37_lit.model.step37_model import Step37Model
 
-ROUTER_BIAS = ".expert_bias"
 
-
-class Part(NamedTuple):
+class RankPart(NamedTuple):
     """Which of `ranks` equal parts of a weight this rank holds, along the dimension that its layer splits."""
 
     rank: int
     ranks: int
 
 
-def loadable_weights(chunk: Step37Model) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and the routers' biases, what a checkpoint holds, with layers numbered over the whole decoder."""
-    named: Iterable[tuple[str, Tensor]] = chunk.named_parameters()
-    biases = ((name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(ROUTER_BIAS))
-    for name, weight in (*named, *biases):
-        yield global_name(chunk, name), weight
-
-
-def parts(chunk: Step37Model) -> dict[str, Part]:
+def parts(chunk: Step37Model) -> dict[str, RankPart]:
     """This rank's place among the ranks that share a matrix (`tensor`) and those that share experts (`expert`)."""
     groups = {"tensor": chunk.pg_collection.tp, "expert": chunk.pg_collection.ep}
-    return {name: Part(get_pg_rank(group), get_pg_size(group)) for name, group in groups.items()}
+    return {name: RankPart(get_pg_rank(group), get_pg_size(group)) for name, group in groups.items()}
 
 
 def raise_together(error: Exception | None, device: torch.device) -> None:
