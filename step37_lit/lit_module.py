@@ -98,7 +98,7 @@ class Step37LitModule(pl.LightningModule):
         self._timer = StepTimer()
         self._result: StepResult | None = None
         self._evaluations: dict[int, EvaluationSums] = {}
-        self._random_states: list[dict[str, Any]] | None = None
+        self._random_states: dict[str, Any] | None = None
 
     @property
     def strategy(self) -> MegatronStrategy:
@@ -187,6 +187,7 @@ class Step37LitModule(pl.LightningModule):
     def training_step(self, batch: list[PackedBatch], batch_idx: int) -> Tensor:
         """Forward and backward of one global step; returns the loss of the global batch, 0-dim fp64, detached."""
         self._result = self.strategy.train_step(batch)
+        self.trainer.should_stop |= self._result.stop  # here, so that callbacks know it when the step is done
         loss = self._result.loss
         if not torch.isfinite(loss):
             keys = [key for pack in batch for key in pack.sample_keys]
@@ -213,7 +214,6 @@ class Step37LitModule(pl.LightningModule):
         }
         if self._counts_waiting:
             values["train/data_wait"] = waited / seconds
-        self.trainer.should_stop |= result.stop
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 
+from step37_lit.checkpoint.folder import LATEST, list_checkpoints
+from step37_lit.checkpoint.manifest import MANIFEST, verify
 from step37_lit.config import (
     ConfigError,
     Llama3Scaling,
@@ -20,32 +23,42 @@ from step37_lit.config import (
     VisionConfig,
     require,
 )
+from step37_lit.hub.fields import read_json_object
 from step37_lit.megatron import process
 from step37_lit.megatron.build import build_model
+from step37_lit.megatron.sharding import MODEL, load_weights
 from step37_lit.model.step37_model import Step37Model
 from step37_lit.processor import Step37Processor
 from step37_lit.tokenizer import Step37Tokenizer
 
-ENTRY = "step37"  # of a checkpoint
-LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"  # in a run's folder
+ENTRY = "step37"  # of what Lightning saves
+MODEL_FILE, PROCESSOR_FILE = "model.json", "processor.json"
+TOKENIZER_FILE, TEMPLATE_FILE = "tokenizer.json", "chat_template.jinja"
+CHECKPOINTS = "checkpoints"  # in a run's folder
 
 
-def description(config: Step37Config, processor: Step37Processor | None, prompt: str | None) -> dict[str, Any]:
-    """Plain values that `read_checkpoint` makes a `SavedModel` of."""
-    described: dict[str, Any] = {"config": dataclasses.asdict(config), "processor": None, "prompt": prompt}
+def description(config: Step37Config, processor: Step37Processor | None, prompt: str | None) -> dict[str, bytes]:
+    """Contents by file name that `read_checkpoint` makes a `SavedModel` of."""
+    texts = {MODEL_FILE: json.dumps(dataclasses.asdict(config), indent=1) + "\n"}
     if processor is not None:
-        described["processor"] = {
-            "tokenizer": processor.tokenizer.content,
-            "chat_template": processor.chat_template,
-            "multicrop": processor.multicrop,
-            "resize": processor.resize,
-        }
-    return described
+        settings = {"multicrop": processor.multicrop, "resize": processor.resize, "prompt": prompt}
+        texts[PROCESSOR_FILE] = json.dumps(settings, indent=1) + "\n"
+        texts[TOKENIZER_FILE] = processor.tokenizer.content
+        texts[TEMPLATE_FILE] = processor.chat_template
+    return {name: text.encode() for name, text in texts.items()}
+
+
+def write_description(
+    folder: Path, config: Step37Config, processor: Step37Processor | None, prompt: str | None
+) -> None:
+    """Writes the files of `description` into a checkpoint's folder."""
+    for name, content in description(config, processor, prompt).items():
+        (folder / name).write_bytes(content)
 
 
 def config_from(plain: Mapping[str, Any]) -> Step37Config:
-    """The reverse of `dataclasses.asdict`."""
-    text = dict(plain["text"])
+    """The reverse of `dataclasses.asdict`, also behind JSON, which has lists for tuples."""
+    text = _with_tuples(plain["text"])
     for name in ("full_rope", "sliding_rope"):
         rope = dict(text[name])
         scaling = rope.pop("scaling")
@@ -53,9 +66,13 @@ def config_from(plain: Mapping[str, Any]) -> Step37Config:
     return Step37Config(
         vision=VisionConfig(**plain["vision"]),
         text=TextConfig(**text),
-        tokens=TokenIds(**plain["tokens"]),
+        tokens=TokenIds(**_with_tuples(plain["tokens"])),
         projector_bias=plain["projector_bias"],
     )
+
+
+def _with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 @dataclass(frozen=True)
@@ -73,35 +90,57 @@ class SavedModel:
     prompt: str | None
 
 
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that `path` is, or the newest one of the run whose folder it is.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    given = Path(path)
+    if (given / MANIFEST).is_file():
+        return given
+    parent = given if (given / LATEST).is_file() else given / CHECKPOINTS
+    whole = [found.path for found in list_checkpoints(parent) if found.manifest is not None]
+    advice = "a checkpoint's folder, or a run's folder with checkpoints"
+    require(len(whole) > 0, "checkpoint", advice, str(path))
+    return whole[0]
+
+
+def read_config(checkpoint: Path) -> Step37Config:
+    """The model of a checkpoint.
+
+    Raises:
+        ConfigError: the file cannot be read or describes no model.
+    """
+    file = checkpoint / MODEL_FILE
+    try:
+        return config_from(read_json_object(file))
+    except ConfigError as error:
+        raise error if error.file else ConfigError(error.field_name, error.expected, error.found, file) from error
+    except (KeyError, TypeError) as error:
+        raise ConfigError("model", "the fields of Step37Config", str(error), file) from error
+
+
 def read_checkpoint(path: str | Path, dtype: torch.dtype = torch.float32) -> SavedModel:
-    """The model of a training checkpoint, whole on this process; its optimizer is not read.
+    """The model of a checkpoint, whole on this process; its optimizer is neither read nor hashed.
 
     Args:
-        path: A checkpoint file, or a run's folder, whose last checkpoint is taken.
+        path: A checkpoint, or a run's folder, whose newest checkpoint is taken.
         dtype: Of the parameters.
 
     Raises:
-        ConfigError: there is no checkpoint, or it does not describe its model, or was written without a processor.
+        ConfigError: there is no checkpoint, it is damaged, or it was written without a processor.
     """
-    file = Path(path) / LAST_CHECKPOINT if Path(path).is_dir() else Path(path)
-    require(file.is_file(), "checkpoint", "a checkpoint file, or a run's folder with checkpoints/last.ckpt", str(path))
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch and pickle raise nearly everything for a file that is no checkpoint
-        raise ConfigError(
-            "checkpoint", "a file that torch.load reads", str(error).splitlines()[0], file=file
-        ) from error
-    described = content.get(ENTRY) if isinstance(content, dict) else None
-    if described is None:
-        raise ConfigError("checkpoint", f"an entry {ENTRY} (written by this version)", None, file=file)
-    processor = described["processor"]
-    if processor is None:
-        raise ConfigError("checkpoint", "a processor (a data module with one)", None, file=file)
-    config = config_from(described["config"])
+    folder = find_checkpoint(path)
+    manifest = verify(folder, only=MODEL)
+    for name in (PROCESSOR_FILE, TOKENIZER_FILE, TEMPLATE_FILE):
+        require(name in manifest.files, "checkpoint", f"a file {name} (of a data module with a processor)", str(folder))
+    config = read_config(folder)
+    settings = read_json_object(folder / PROCESSOR_FILE)
+    prompt = settings.pop("prompt")
+    template = (folder / TEMPLATE_FILE).read_bytes().decode()
+    tokenizer = Step37Tokenizer.from_file(folder / TOKENIZER_FILE)
     process.initialize()
     model = build_model(config, dtype=dtype, seed=None)
-    prefix = "model."
-    weights = {name.removeprefix(prefix): t for name, t in content["state_dict"].items() if name.startswith(prefix)}
-    model.load_state_dict(weights)
-    tokenizer = Step37Tokenizer(processor.pop("tokenizer"), file=file)
-    return SavedModel(model, Step37Processor(tokenizer, config, **processor), described["prompt"])
+    load_weights([model], folder)
+    return SavedModel(model, Step37Processor(tokenizer, config, template, **settings), prompt)

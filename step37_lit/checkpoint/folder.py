@@ -46,6 +46,19 @@ def staged_path(target: Path) -> Path:
     return target.with_name(f".{target.name}{STAGED}")
 
 
+def start(target: Path) -> Path:
+    """Makes the empty folder that a checkpoint is written into, and clears up behind killed saves."""
+    staged = staged_path(target)
+    recover(target.parent)
+    staged.mkdir(parents=True)
+    return staged
+
+
+def abandon(target: Path) -> None:
+    """Removes what `start` made, as far as it can be removed."""
+    shutil.rmtree(staged_path(target), ignore_errors=True)
+
+
 @contextlib.contextmanager
 def staging(target: Path) -> Iterator[Path]:
     """An empty folder to write a checkpoint into; `commit` gives it its name, and an error removes it.
@@ -53,18 +66,13 @@ def staging(target: Path) -> Iterator[Path]:
     Raises:
         ConfigError: the file system cannot be written to; names the file where the error does.
     """
-    staged = staged_path(target)
     try:
-        recover(target.parent)
-        if staged.exists():
-            shutil.rmtree(staged)
-        staged.mkdir(parents=True)
-        yield staged
+        yield start(target)
     except OSError as error:
-        shutil.rmtree(staged, ignore_errors=True)
+        abandon(target)
         raise write_error(error, target) from error
     except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
+        abandon(target)
         raise
 
 
@@ -179,16 +187,14 @@ def prune(parent: Path, keep_last: int, keep_every: int | None = None, keep: Seq
     Returns:
         The folders that were removed.
     """
-    whole = [
-        each for each in list_checkpoints(parent) if each.manifest is not None and each.manifest.kind == "training"
-    ]
+    found = [(each.path, each.manifest) for each in list_checkpoints(parent)]
+    whole = [(path, manifest) for path, manifest in found if manifest is not None and manifest.kind == "training"]
     removed = []
-    for each in whole[keep_last:]:
-        assert each.manifest is not None
-        of_step = keep_every is not None and each.manifest.step % keep_every == 0
-        if not of_step and each.path.name not in keep:
-            remove(each.path)
-            removed.append(each.path)
+    for path, manifest in whole[keep_last:]:
+        of_step = keep_every is not None and manifest.step % keep_every == 0
+        if not of_step and path.name not in keep:
+            remove(path)
+            removed.append(path)
     return removed
 
 

@@ -1,4 +1,6 @@
-"""`manifest.json`: what a checkpoint's folder holds, with size and SHA-256 of every file; checked before anything is read.
+"""`manifest.json`: what a checkpoint's folder holds, with size and SHA-256 of every file.
+
+Everything is checked against it before anything is read.
 
 A checkpoint without a manifest is half-written: the manifest is the last file of a save.
 """
@@ -131,12 +133,11 @@ def _entry(name: str, value: Any, file: Path) -> FileEntry:
     plain = path.as_posix() == name and not path.is_absolute() and ".." not in path.parts and "\\" not in name
     if not plain or name in ("", ".", MANIFEST) or "\0" in name:
         raise ConfigError("files", "paths inside the checkpoint", name, file)
-    fields = value if isinstance(value, dict) else {}
-    size, digest = fields.get("size"), fields.get("sha256")
-    fits = fields.keys() == {"size", "sha256"} and type(size) is int and size >= 0 and isinstance(digest, str)
-    if not fits:
-        raise ConfigError(f"files.{name}", "size and sha256", _shown(value), file)
-    return FileEntry(size, digest)
+    if isinstance(value, dict) and value.keys() == {"size", "sha256"}:
+        size, digest = value["size"], value["sha256"]
+        if type(size) is int and size >= 0 and isinstance(digest, str):
+            return FileEntry(size, digest)
+    raise ConfigError(f"files.{name}", "size and sha256", _shown(value), file)
 
 
 def check_structure(folder: Path, manifest: Manifest) -> None:

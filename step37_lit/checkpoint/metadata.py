@@ -86,9 +86,8 @@ def _check(metadata: Any, folder: Path, file: Path) -> None:
         require(inside and info.length >= 0, f"{name}: places in {sizes[name]} bytes", (info.offset, info.length))
         require(not info.transform_descriptors, f"{name}: bytes as they are", info.transform_descriptors)
     for key, tensor in metadata.state_dict_metadata.items():
-        require(
-            type(key) is str and type(tensor) is TensorStorageMetadata, "only tensors", (key, type(tensor).__name__)
-        )
+        is_tensor = type(key) is str and type(tensor) is TensorStorageMetadata
+        require(is_tensor, "only tensors", (key, type(tensor).__name__))
         require(type(tensor.properties) is TensorProperties, f"{key}: a tensor's properties", type(tensor.properties))
         require(isinstance(tensor.properties.dtype, torch.dtype), f"{key}: a dtype", tensor.properties.dtype)
         _check_chunks(key, tensor, metadata, file)
@@ -98,10 +97,8 @@ def _check_chunks(key: str, tensor: TensorStorageMetadata, metadata: Metadata, f
     volume = 0
     for chunk in tensor.chunks:
         inside = type(chunk) is ChunkStorageMetadata and len(chunk.offsets) == len(chunk.sizes) == len(tensor.size)
-        inside = inside and all(
-            o >= 0 and n > 0 and o + n <= size
-            for o, n, size in zip(chunk.offsets, chunk.sizes, tensor.size, strict=True)
-        )
+        extents = zip(chunk.offsets, chunk.sizes, tensor.size, strict=True) if inside else ()
+        inside = inside and all(first >= 0 and n > 0 and first + n <= size for first, n, size in extents)
         if not inside or MetadataIndex(key, chunk.offsets) not in metadata.storage_data:
             raise ConfigError("checkpoint", f"{key}: pieces of {list(tensor.size)} with a place", chunk, file)
         volume += math.prod(chunk.sizes)

@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future as _Future
+from torch.futures import Future
 
 from step37_lit.checkpoint.metadata import read_metadata
 from step37_lit.config import ConfigError
@@ -170,7 +170,7 @@ class TensorFolder:
 
     def _described(self, name: str) -> TensorStorageMetadata:
         described = self.metadata.state_dict_metadata.get(name)
-        if described is None:
+        if not isinstance(described, TensorStorageMetadata):
             raise ConfigError("checkpoint", f"a tensor {name}", f"{len(self.names())} others", self.folder)
         return described
 
@@ -180,22 +180,23 @@ class _Writer(FileSystemWriter):
 
     def __init__(self, folder: Path):
         super().__init__(folder, sync_files=False, per_thread_copy_ahead=0)
+        self.folder = folder
 
     def storage_meta(self) -> None:
         """Nothing about the folder: a checkpoint may be moved."""
 
-    def write_data(self, plan: SavePlan, planner: Any) -> _Future[list[WriteResult]]:
+    def write_data(self, plan: SavePlan, planner: Any) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
         for number, items in enumerate(_by_size(plan.items, MAX_FILE_BYTES)):
             name = f"{plan.storage_data.prefix}{number}.distcp"
             files: queue.Queue = queue.Queue()
-            files.put((self.path / name, name, items))
+            files.put((self.folder / name, name, items))
             try:
                 results += self._write_data(planner, files).value()
             except OSError as error:
-                error.filename = str(self.path / name)  # which a failed write does not know
+                error.filename = str(self.folder / name)  # which a failed write does not know
                 raise
-        done: _Future[list[WriteResult]] = _Future()
+        done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
 
@@ -241,9 +242,8 @@ class _SavePlanner(DefaultSavePlanner):
         part = self._parts[index.fqn, tuple(index.offset)]
         data = part.data if isinstance(part.data, Tensor) else part.data()
         if tuple(data.shape) != part.shape or data.dtype != part.dtype:
-            raise RuntimeError(
-                f"{index.fqn}: announced {part.shape} {part.dtype}, given {tuple(data.shape)} {data.dtype}"
-            )
+            given = f"{tuple(data.shape)} {data.dtype}"
+            raise RuntimeError(f"{index.fqn}: announced {part.shape} {part.dtype}, given {given}")
         return data.detach().contiguous()
 
 
@@ -262,8 +262,8 @@ class _LoadPlanner(LoadPlanner):
         items: list[ReadItem] = []
         for name, tensor in self.tensors.items():
             described = self.described.get(name)
-            found = None if described is None else list(described.size)
-            if found != list(tensor.shape):
+            if not isinstance(described, TensorStorageMetadata) or tuple(described.size) != tensor.shape:
+                found = list(described.size) if isinstance(described, TensorStorageMetadata) else None
                 raise ConfigError("checkpoint", f"{name} of shape {list(tensor.shape)}", found, self.folder)
             items += create_read_items_for_chunk_list(name, described, [part.chunk for part in tensor.parts])
         return LoadPlan(items)

@@ -2,8 +2,8 @@
 
 megatron-core falls back to torch's AdamW where neither Apex nor Transformer Engine is there, and its own
 `state_dict` then has three faults: it refuses an optimizer that has not stepped, it forgets `step`, and after loading
-all parameters share one `step` tensor. Here the state of the inner torch optimizers is saved and loaded itself, so
-none of that code runs.
+all parameters share one `step` tensor. Here checkpoints read and write the shards of the inner torch optimizers
+(`ForwardingOptimizer.shards`), so none of that code runs.
 
 Freezing: a part of the model (`part_of`) that needs no gradient keeps its place in megatron's buffers and groups, so
 that state and layouts stay as they are. Its gradients there are zeros; torch's AdamW is shown none at all and skips its
@@ -12,7 +12,7 @@ shards: no decay, no moments. The moments are dropped, so that a part that train
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -55,6 +55,53 @@ class AdamWSettings:
         require(self.eps > 0, "model.eps", "a positive number", self.eps)
         for pattern, factor in self.lr_factors.items():
             require(factor > 0, f"model.lr_factors[{pattern}]", "a positive number (or freeze the part)", factor)
+
+
+@dataclass(frozen=True)
+class OptimizerShard:
+    """The part of a weight that this rank's optimizer updates.
+
+    Args:
+        parameter: The model's.
+        start: First number of the part in the flat parameter.
+        end: Behind its last number.
+        main: [end - start] fp32: a view of an fp32 parameter, or a copy of its own.
+        optimizer: The inner torch optimizer.
+        group: Index in its `param_groups`.
+    """
+
+    parameter: Tensor
+    start: int
+    end: int
+    main: Tensor
+    optimizer: torch.optim.Optimizer
+    group: int
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Moments; empty before the first step and where the weight is frozen."""
+        return self.optimizer.state.get(self.main, {})
+
+    @property
+    def step(self) -> int | None:
+        """Optimizer steps behind the moments; None where there are none."""
+        if not self.state:
+            return None
+        # Apex and Transformer Engine count by group.
+        return int(self.state["step"] if "step" in self.state else self.optimizer.param_groups[self.group]["step"])
+
+    def begin(self, step: int | None) -> None:
+        """Makes room for moments of `step` steps, or drops what is there where it is None."""
+        self.optimizer.state.pop(self.main, None)
+        if step is None:
+            return
+        moments = {name: torch.zeros_like(self.main) for name in ("exp_avg", "exp_avg_sq")}
+        if isinstance(self.optimizer, torch.optim.AdamW):
+            counted = torch.tensor(float(step), device=self.main.device)
+            self.optimizer.state[self.main] = {"step": counted, **moments}
+        else:
+            self.optimizer.param_groups[self.group]["step"] = step
+            self.optimizer.state[self.main] = moments
 
 
 class ForwardingOptimizer(torch.optim.Optimizer):
@@ -170,39 +217,27 @@ class ForwardingOptimizer(torch.optim.Optimizer):
         """Zeroes the gradients of this rank's shards."""
         self.megatron.zero_grad()
 
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's share: the inner optimizers' states, and the fp32 main parameters where the model is not fp32."""
-        return {
-            "inner": [optimizer.state_dict() for optimizer in self.inner],
-            "main_params": [[p.detach().clone() for p in shards] for shards in self._main_params()],
-        }
+    def shards(self) -> Iterator[OptimizerShard]:
+        """What this rank updates: of each weight a flat range, or nothing."""
+        for distributed in self.megatron.chained_optimizers:
+            if distributed.optimizer is not None:
+                for parameter, (group, number) in distributed.model_param_group_index_map.items():
+                    inside = distributed._get_model_param_range_map(parameter)["param"]
+                    main = distributed.optimizer.param_groups[group]["params"][number]
+                    yield OptimizerShard(parameter, inside.start, inside.end, main, distributed.optimizer, group)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what `state_dict` gave on the same rank of the same layout.
+    @property
+    def parts(self) -> list[str] | None:
+        """Parts of the model that freeze and train as one; None without them."""
+        return None if self._part_of is None else sorted(set(self._part_of.values()))
 
-        Raises:
-            ConfigError: the state belongs to other parameters.
-        """
-        for optimizer, state in zip(self.inner, state_dict["inner"], strict=True):
-            _check_groups(optimizer, state)
-            optimizer.load_state_dict(state)
-        self._share_groups()
-        self._training = None  # the next `train_parts` is to see to the loaded state
-        with torch.no_grad():
-            for shards, saved in zip(self._main_params(), state_dict["main_params"], strict=True):
-                for shard, value in zip(shards, saved, strict=True):
-                    shard.copy_(value)
+    def loaded(self) -> None:
+        """The shards have other moments now: the next `train_parts` is to see to them."""
+        self._training = None
 
     def take_over_model_weights(self) -> None:
         """Copies the model's weights to the fp32 main parameters, after they were loaded from elsewhere."""
         self.megatron.reload_model_params()
-
-    def _main_params(self) -> list[list[Tensor]]:
-        chained = [optimizer for optimizer in self.megatron.chained_optimizers if optimizer.optimizer is not None]
-        return [
-            [shard for group in optimizer.shard_fp32_from_float16_groups for shard in group if shard is not None]
-            for optimizer in chained
-        ]
 
     def _share_groups(self) -> None:
         self.param_groups = self.megatron.param_groups
@@ -248,17 +283,3 @@ def _group_name(group: dict[str, Any], settings: AdamWSettings) -> str:
     factor = group["max_lr"] / settings.lr
     kinds = [group["part"], "" if factor == 1.0 else f"x{factor:g}", "" if group["wd_mult"] else "no_decay"]
     return "/".join(kind for kind in (*kinds, "experts" if group["is_expert_parallel"] else "") if kind)
-
-
-def _check_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    parts, saved = (
-        [group.get("part") for group in groups] for groups in (optimizer.param_groups, state["param_groups"])
-    )
-    require(parts == saved, "checkpoint: groups of a freezing schedule", parts, saved)
-    own = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]]
-    indices = [i for group in state["param_groups"] for i in group["params"]]
-    require(len(indices) == len(own), "checkpoint: optimizer parameters", len(own), len(indices))
-    for index, shape in zip(indices, own, strict=True):
-        if index in state["state"]:  # none before the first step
-            found = tuple(state["state"][index]["exp_avg"].shape)
-            require(found == shape, f"checkpoint: optimizer state {index}", f"shape {shape}", found)

@@ -20,12 +20,10 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
-    Checkpoint,
     GradientAccumulationScheduler,
     LearningRateFinder,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -35,11 +33,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from step37_lit.batch import PackedBatch
+from step37_lit.checkpoint.manifest import VerifyMode
 from step37_lit.config import ConfigError, Step37Config, require
-from step37_lit.megatron import data_parallel, pack_exchange, process, random_state, schedule
+from step37_lit.megatron import data_parallel, pack_exchange, process, schedule
+from step37_lit.megatron.checkpointing import CheckpointHooks
 from step37_lit.megatron.initialize import global_name
 from step37_lit.megatron.layout import ParallelLayout
-from step37_lit.megatron.lightning_plugins import MegatronPrecision, StagedCheckpointIO
+from step37_lit.megatron.lightning_plugins import MegatronPrecision
 from step37_lit.megatron.optimizer import AdamWSettings, ForwardingOptimizer
 
 # Callbacks of Lightning that would act on something other than what megatron trains, and what to use in their place.
@@ -52,7 +52,7 @@ REFUSED_CALLBACKS: dict[type[pl.Callback], str] = {
 }
 
 
-class MegatronStrategy(DDPStrategy):
+class MegatronStrategy(CheckpointHooks, DDPStrategy):
     """Trains a `Step37LitModule` over megatron's parallel groups.
 
     One process needs no launcher, so notebooks and debuggers work; with more devices Lightning's launcher or torchrun
@@ -69,6 +69,8 @@ class MegatronStrategy(DDPStrategy):
         seed: Of megatron's random-number generators.
         cpu_threads: Threads of this process's operations on the CPU; None leaves torch's choice, one a core. Loader
             processes need cores too.
+        verify: What of a checkpoint is hashed before it is loaded: `full` everything; `sample` every small file and
+            one in eight of those above 16 MiB, for checkpoints of terabytes.
 
     The other arguments are Lightning's own and set by the Trainer.
     """
@@ -83,6 +85,7 @@ class MegatronStrategy(DDPStrategy):
         sequence_parallel: bool = False,
         seed: int = 0,
         cpu_threads: int | None = None,
+        verify: VerifyMode = "full",
         accelerator: Any = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: Any = None,
@@ -92,7 +95,7 @@ class MegatronStrategy(DDPStrategy):
         require(
             cpu_threads is None or cpu_threads > 0, "strategy.cpu_threads", "null or a positive number", cpu_threads
         )
-        self.seed, self.cpu_threads = seed, cpu_threads
+        self.seed, self.cpu_threads, self.verify = seed, cpu_threads, verify
         # Set by a signal handler on any rank: all ranks learn of it with the next step and end together.
         self.stop_requested = False
         # Set by a freezing schedule before `setup`: the part of the model that a parameter freezes and trains with, by
@@ -104,7 +107,6 @@ class MegatronStrategy(DDPStrategy):
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
-            checkpoint_io=StagedCheckpointIO(),
             precision_plugin=precision_plugin,
         )
 
@@ -173,7 +175,10 @@ class MegatronStrategy(DDPStrategy):
         self.ddp.zero_grad_buffer()
         for optimizer in self.optimizers:
             optimizer.clear_gradients()
-        return schedule.train_step(self.ddp, microbatches, self.stop_requested)
+        result = schedule.train_step(self.ddp, microbatches, self.stop_requested or self.saver.failed)
+        if result.stop:  # on all ranks: one that could not write its part has made them stop here
+            self.saver.wait()
+        return result
 
     def evaluate_step(self, microbatches: Sequence[PackedBatch]) -> list[tuple[PackedBatch, Tensor, Tensor]]:
         """Teacher-forced losses and most likely tokens on the last stage; see `schedule.evaluate_step`."""
@@ -211,14 +216,10 @@ class MegatronStrategy(DDPStrategy):
             self._check_callbacks(trainer)
 
     def _check_callbacks(self, trainer: pl.Trainer) -> None:
-        is_split = self.layout.model_parallel_size > 1 or self.layout.expert > 1
         for callback in trainer.callbacks:
             name = type(callback).__name__
             for refused, advice in REFUSED_CALLBACKS.items():
                 require(not isinstance(callback, refused), "trainer.callbacks", advice, name)
-            if is_split and isinstance(callback, Checkpoint):
-                advice = "false (checkpoints of a model that is split over ranks are not written yet)"
-                raise ConfigError("trainer.enable_checkpointing", advice, True)
 
     def _configure_launcher(self) -> None:
         # Without a launcher a single process also runs in a notebook.
@@ -229,6 +230,8 @@ class MegatronStrategy(DDPStrategy):
         module = self.lightning_module
         self.check(module.config, module.trainer, module.trainer.state.fn == TrainerFn.FITTING)
         super().setup_environment()
+        if module.trainer.ckpt_path is not None:
+            self.find_source(module.trainer.ckpt_path)
 
     def setup_distributed(self) -> None:
         if self.cpu_threads is not None:
@@ -267,27 +270,3 @@ class MegatronStrategy(DDPStrategy):
         module = self.lightning_module
         self.precision_plugin.pre_backward(closure_loss, module)
         return self.precision_plugin.post_backward(closure_loss, module)
-
-    # ---- checkpoints: one file, each data-parallel rank's share in it ----
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Every data-parallel rank's share, gathered; all ranks must call it."""
-        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return {"data_parallel_ranks": self.gather_from_data_ranks(inner.state_dict())}
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(self._own_share(state["data_parallel_ranks"]))
-
-    def random_states(self) -> list[dict[str, Any]]:
-        """Generators of every data-parallel rank; all ranks must call it."""
-        return self.gather_from_data_ranks(random_state.collect())
-
-    def restore_random_state(self, states: list[dict[str, Any]]) -> None:
-        random_state.restore(self._own_share(states))
-
-    def _own_share(self, shares: list[Any]) -> Any:
-        size = self.data_parallel_size
-        advice = f"{size}, as this run has (another number cannot be resumed yet)"
-        require(len(shares) == size, "checkpoint: data-parallel ranks", advice, len(shares))
-        return shares[self.data_parallel_rank]

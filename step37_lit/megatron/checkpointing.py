@@ -1,0 +1,299 @@
+"""Lightning's checkpoint hooks of `MegatronStrategy`, on the project's own format.
+
+    RUN/checkpoints/step_000200/
+        manifest.json      size and SHA-256 of every file
+        model.json, processor.json, tokenizer.json, chat_template.jinja      enough to use the model without its recipe
+        recipe.json        the run's options, to say what has changed
+        model/             weights, whole tensors by their names in the name table (torch DCP)
+        optimizer/         moments, and fp32 main weights where the model is bf16 (torch DCP)
+        training.pt        loops, loader, scheduler, callbacks, random numbers: plain values and small tensors
+
+Lightning's own dictionary holds neither weights nor moments here: each rank writes and reads its parts of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from torch.optim.lr_scheduler import LambdaLR
+
+from step37_lit import saved_model
+from step37_lit.checkpoint.manifest import (
+    Manifest,
+    VerifyMode,
+    check_hashes,
+    check_structure,
+    files_to_hash,
+    read_manifest,
+)
+from step37_lit.config import ConfigError, Step37Config, require
+from step37_lit.megatron import random_state
+from step37_lit.megatron.layout import ParallelLayout
+from step37_lit.megatron.saver import LAST_CHANCE, CheckpointSaver, Job
+from step37_lit.megatron.sharding import MODEL, OPTIMIZER, OwnParts, load_optimizer, load_weights, steps_by_name
+
+TRAINING_FILE, RECIPE_FILE = "training.pt", "recipe.json"
+
+
+class CheckpointHooks:
+    """What `MegatronStrategy` does when Lightning saves and loads; mixed into it."""
+
+    layout: ParallelLayout
+    lightning_module: Any
+    optimizers: list[Any]
+    verify: VerifyMode
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        # The options of the run, where the command line started it: plain values, saved with each checkpoint.
+        self.recipe: dict[str, Any] | None = None
+        # Tried in their order where the checkpoint that is asked for turns out damaged.
+        self.fallbacks: Sequence[Path] = ()
+        self.saver = CheckpointSaver()
+        self._source: tuple[Path, Manifest] | None = None  # the checkpoint that is being loaded, verified
+
+    # ---- saving ----
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """What is small: steps behind each weight's moments, and the freezing schedule's parts. For all ranks."""
+        own = steps_by_name([self.lightning_module.model], self.optimizers[0])
+        steps = {name: step for each in self.gather_from_all_ranks(own) for name, step in each.items()}
+        return {"steps": steps, "parts": self.optimizers[0].parts}
+
+    def random_states(self) -> dict[str, Any]:
+        """Generators of every rank and the layout that they are of; all ranks must call it."""
+        return {"layout": self._described_layout(), "ranks": self.gather_from_all_ranks(random_state.collect())}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Starts a save in the background while training runs, else saves; all ranks must call it.
+
+        Args:
+            checkpoint: Lightning's dictionary.
+            filepath: The folder to be.
+            storage_options: None.
+
+        Raises:
+            ConfigError: this save cannot begin, or the one before it has failed.
+        """
+        if storage_options is not None:
+            raise ConfigError("storage_options", "None (checkpoints are local folders)", storage_options)
+        trainer: pl.Trainer = self.lightning_module.trainer
+        parts = OwnParts([self.lightning_module.model])
+        tensors = {MODEL: parts.model(writing=True)}
+        files = dict(checkpoint.pop(saved_model.ENTRY))
+        if self.recipe is not None:
+            files[RECIPE_FILE] = (json.dumps(self.recipe, indent=1) + "\n").encode()
+        whole = "optimizer_states" in checkpoint
+        if whole:
+            tensors[OPTIMIZER] = parts.optimizer(self.optimizers[0], writing=True)
+            files[TRAINING_FILE] = _plain_bytes(checkpoint)
+        described = {
+            "kind": "training" if whole else "weights",
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "layout": self._described_layout(),
+            "dtype": str(self.lightning_module.strategy.dtype).removeprefix("torch."),
+        }
+        self.saver.save(Job(Path(filepath).absolute(), tensors, files, described, points=whole))
+        if trainer.state.fn != TrainerFn.FITTING or trainer.state.status != TrainerStatus.RUNNING:
+            self.saver.wait()
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        if dist.get_rank() == 0:
+            self.saver.remove(Path(filepath).absolute())
+
+    def on_train_end(self) -> None:
+        self.saver.wait()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """No save begins here, where other ranks may be gone; one that is under way gets a last chance."""
+        if not self.saver.failed:
+            self.saver.wait(LAST_CHANCE)
+
+    def _described_layout(self) -> dict[str, Any]:
+        plain = dataclasses.asdict(self.layout) | {"world_size": dist.get_world_size()}
+        return json.loads(json.dumps(plain))  # as it comes back from a file
+
+    def gather_from_all_ranks(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
+
+    # ---- loading ----
+
+    def find_source(self, path: Any) -> None:
+        """Verifies the checkpoint that is to be loaded, before anything is set up or written; for all ranks.
+
+        Raises:
+            ConfigError: it is damaged and so are all of `fallbacks`, or it is of another model or dtype.
+        """
+        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        candidates = [Path(path), *self.fallbacks]
+        for number, candidate in enumerate(candidates):
+            try:
+                manifest = self._verified(candidate, None if fitting else MODEL)
+            except ConfigError as error:
+                if number == len(candidates) - 1:
+                    raise
+                print_once(f"resume      passed over: {error}")
+                continue
+            self._check_fits(candidate, manifest, fitting)
+            self._source = (candidate, manifest)
+            return
+
+    def _verified(self, folder: Path, only: str | None) -> Manifest:
+        """The ranks share the files among themselves."""
+        error, manifest = None, None
+        try:
+            manifest = read_manifest(folder)
+            check_structure(folder, manifest)
+            names = files_to_hash(manifest, self.verify, only)
+            check_hashes(folder, manifest, names[dist.get_rank() :: dist.get_world_size()])
+        except ConfigError as found:
+            error = found
+        errors = [each for each in self.gather_from_all_ranks(error) if each is not None]
+        if errors:
+            raise errors[0]
+        assert manifest is not None
+        return manifest
+
+    def _check_fits(self, folder: Path, manifest: Manifest, fitting: bool) -> None:
+        check_same_model(saved_model.read_config(folder), self.lightning_module.config, folder)
+        if fitting:
+            advice = "a checkpoint of training (to begin with its weights: --model.init_from)"
+            if manifest.kind != "training":
+                raise ConfigError("ckpt_path", advice, f"one of {manifest.kind} alone", folder)
+            own = str(self.lightning_module.strategy.dtype).removeprefix("torch.")
+            if manifest.dtype != own:
+                raise ConfigError("trainer.precision", f"{manifest.dtype} (of the checkpoint)", own, folder)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Lightning's dictionary of a checkpoint; nothing in its files is executed.
+
+        Raises:
+            ConfigError: it is damaged, or `weights_only=False` is asked for.
+        """
+        if weights_only is False:
+            raise ConfigError("weights_only", "True (a checkpoint must not run code)", False)
+        if self._source is None:
+            self.find_source(checkpoint_path)
+        assert self._source is not None
+        folder, manifest = self._source
+        if manifest.kind == "training":
+            return read_training_state(folder)
+        return {
+            "pytorch-lightning_version": pl.__version__,
+            "epoch": manifest.epoch,
+            "global_step": manifest.step,
+            "state_dict": {},
+            "random_states": None,
+        }
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self._source is not None
+        load_weights([self.lightning_module.model], self._source[0])
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        """Moments, and where the schedulers stand: rates, decay and the like are those of this run."""
+        assert self._source is not None
+        (state,) = checkpoint["optimizer_states"]
+        (optimizer,) = self.optimizers
+        require(
+            optimizer.parts == state["parts"],
+            "checkpoint: groups of a freezing schedule",
+            optimizer.parts,
+            state["parts"],
+        )
+        load_optimizer([self.lightning_module.model], optimizer, self._source[0], state["steps"])
+        restore_schedulers(self.lightning_module.trainer, checkpoint)
+        self._source = None
+
+    def restore_random_state(self, states: dict[str, Any]) -> None:
+        """Puts the generators where they were; in another layout they begin anew, as there is no same one."""
+        if states["layout"] == self._described_layout():
+            random_state.restore(states["ranks"][dist.get_rank()])
+
+
+def restore_schedulers(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Puts the schedulers at the checkpoint's step, with this run's rates; Lightning finds nothing left to do."""
+    states = checkpoint["lr_schedulers"]
+    for config, state in zip(trainer.lr_scheduler_configs, states, strict=True):
+        scheduler: Any = config.scheduler
+        if isinstance(scheduler, LambdaLR):
+            # Its own load_state_dict would bring back the old rates, warm-up and decay.
+            scheduler.last_epoch = state["last_epoch"] - 1
+            scheduler._step_count = state["_step_count"] - 1
+            scheduler.step()
+        else:
+            scheduler.load_state_dict(state)
+    checkpoint["lr_schedulers"] = []
+
+
+def read_training_state(folder: Path) -> dict[str, Any]:
+    """`training.pt` of a verified checkpoint.
+
+    Raises:
+        ConfigError: it holds anything but plain values and tensors.
+    """
+    file = folder / TRAINING_FILE
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and pickle raise nearly everything for a file that is none of theirs
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError("checkpoint", "plain values and tensors", first, file) from error
+    if not isinstance(state, dict):
+        raise ConfigError("checkpoint", "a dictionary", type(state).__name__, file)
+    return state
+
+
+def check_same_model(saved: Step37Config, own: Step37Config, folder: Path) -> None:
+    """Raises `ConfigError` with every field of the model that differs."""
+    differing = changed_fields(dataclasses.asdict(saved), dataclasses.asdict(own))
+    if differing:
+        expected = ", ".join(f"{name} {was!r}" for name, was, _ in differing)
+        found = ", ".join(f"{name} {now!r}" for name, _, now in differing)
+        raise ConfigError("model", f"{expected} (of the checkpoint)", found, folder)
+
+
+def changed_fields(was: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """Name, former and present value of each leaf that differs between two nested dictionaries."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        names = [*was, *(key for key in now if key not in was)]
+        absent = "absent"
+        return [
+            change
+            for key in names
+            for change in changed_fields(was.get(key, absent), now.get(key, absent), f"{name}.{key}".lstrip("."))
+        ]
+    return [] if was == now else [(name, was, now)]
+
+
+def print_once(line: str) -> None:
+    """Prints on rank 0."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(line, flush=True)
+
+
+def _plain_bytes(checkpoint: dict[str, Any]) -> bytes:
+    """`training.pt`. Raises `RuntimeError` where it could not be read back: a callback's state must be plain."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    buffer.seek(0)
+    try:
+        torch.load(buffer, weights_only=True)
+    except Exception as error:
+        names = sorted(checkpoint["callbacks"])
+        raise RuntimeError(f"state of callbacks must be plain values and tensors ({names}): {error}") from error
+    return buffer.getvalue()
