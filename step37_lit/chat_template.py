@@ -139,7 +139,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
-def _filtered(value: nodes.Expr | None, name: str) -> nodes.Filter:
+def _filtered(value: Any, name: str) -> nodes.Filter:
     return nodes.Filter(value, name, [], [], None, None, lineno=1 if value is None else value.lineno)
 
 

@@ -82,12 +82,11 @@ class SafetensorsFile:
     def _read_header(self) -> dict[str, Entry]:
         size = os.fstat(self._handle).st_size
         head = os.pread(self._handle, 8, 0)
-        for magic, kind in FOREIGN.items():
-            if head.startswith(magic):
-                raise ConfigError("the file", "safetensors", kind, self.file)
         length = int.from_bytes(head, "little")
         if size < 8 or not 2 <= length <= min(size - 8, LONGEST_HEADER):
-            raise ConfigError("the file", "safetensors", f"a header of {length} bytes in a file of {size}", self.file)
+            found = f"a header of {length} bytes in a file of {size}"
+            kinds = [kind for magic, kind in FOREIGN.items() if head.startswith(magic)]
+            raise ConfigError("the file", "safetensors", *(kinds or [found]), self.file)
         header = parse_json_object(os.pread(self._handle, length, 8), self.file)
         header.pop("__metadata__", None)
         data = 8 + length
