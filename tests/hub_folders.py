@@ -59,7 +59,9 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], shards: int) -> None
     for number, group in enumerate(groups, start=1):
         group.sort(key=lambda name: -tensors[name].dtype.itemsize)
         file = "model.safetensors" if shards == 1 else f"model-{number:05}-of-{shards:05}.safetensors"
-        with SafetensorsWriter(folder / file, [TensorSpec(n, tensors[n].dtype, tuple(tensors[n].shape)) for n in group]) as w:
+        with SafetensorsWriter(
+            folder / file, [TensorSpec(n, tensors[n].dtype, tuple(tensors[n].shape)) for n in group]
+        ) as w:
             for name in group:
                 w.write(name, tensors[name])
             w.finish()
@@ -114,5 +116,3 @@ def assert_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -
 def file_bytes(folder: Path) -> dict[str, bytes]:
     """Contents of every file in a folder, by path in it."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-

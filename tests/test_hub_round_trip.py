@@ -45,7 +45,9 @@ def _all_sliding() -> Step37Config:
 
 def test_two_scalings_do_not_fit_the_hubs_layout() -> None:
     config = every_feature()
-    other = dataclasses.replace(config.text.full_rope, scaling=dataclasses.replace(config.text.full_rope.scaling, factor=3.0))
+    other = dataclasses.replace(
+        config.text.full_rope, scaling=dataclasses.replace(config.text.full_rope.scaling, factor=3.0)
+    )
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, sliding_rope=other))
     with pytest.raises(ConfigError, match=r"text\.full_rope\.scaling: expected that of text\.sliding_rope"):
         hub_config(config, "hub", torch.bfloat16)
