@@ -39,5 +39,5 @@ $(VENV)/.run: $(BIN)/python setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(BIN)/python setup.cfg pyproject.toml constraints.txt
-	$(INSTALL) ".[test,dev]"
+	$(INSTALL) ".[test,dev,notebook]"
 	touch $@ $(VENV)/.run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from callbacks.freeze_stages import FIELD, Plateau, factor_at, parse_stages
 from step37_lit.config import ConfigError, Step37Config, require
 from step37_lit.parameter_groups import layer_depths, split_parameters
+from step37_lit.validations import validation_follows
 
 
 class FreezeSchedule(pl.Callback):
@@ -206,14 +206,3 @@ class FreezeSchedule(pl.Callback):
         self.starts = list(state_dict["starts"])
         self._best, self._waited = state_dict["best"], state_dict["waited"]
         self._validation_due = state_dict["validation_due"]
-
-
-def validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether Lightning validates behind step `batch_idx` of the epoch."""
-    epochs = trainer.check_val_every_n_epoch
-    if not trainer.enable_validation or (epochs is not None and (trainer.current_epoch + 1) % epochs):
-        return False
-    if math.isinf(trainer.val_check_batch):  # a loader without a length: behind its last batch
-        return trainer.is_last_batch
-    batches = trainer.fit_loop.total_batch_idx if epochs is None else batch_idx
-    return (batches + 1) % trainer.val_check_batch == 0

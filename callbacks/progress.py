@@ -1,4 +1,4 @@
-"""The progress bar of training: loss, speed, share of GEMM peak and padding, under short names."""
+"""The progress bar of training: loss, speed, share of GEMM peak and padding, under short names; a line a validation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
+
+from step37_lit.run_log import figures
 
 # Logged name -> (name in the bar, format)
 SHOWN: dict[str, tuple[str, str]] = {
@@ -21,7 +23,8 @@ SHOWN: dict[str, tuple[str, str]] = {
 
 
 class TrainingProgressBar(RichProgressBar):
-    """Lightning's rich bar with what a person watches; one step of the bar is one optimizer step.
+    """Lightning's rich bar with what a person watches; one step of the bar is one optimizer step. Each validation while
+    training leaves a line above it.
 
     Args:
         refresh_rate: Steps between two updates of the bar.
@@ -34,3 +37,10 @@ class TrainingProgressBar(RichProgressBar):
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         logged = trainer.callback_metrics
         return {short: form.format(float(logged[name])) for name, (short, form) in SHOWN.items() if name in logged}
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        # Validations after a run or without one have Lightning's table.
+        if trainer.is_global_zero and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            reached = f"step {trainer.global_step}: {figures(trainer.callback_metrics, training=False)}"
+            self._console.print(f"validation  {reached}", highlight=False, soft_wrap=True)

@@ -15,6 +15,7 @@ _PUBLIC = {
     "MegatronStrategy": "step37_lit.megatron.strategy",
     "PackedBatch": "step37_lit.batch",
     "ParallelLayout": "step37_lit.megatron.layout",
+    "RunCheckpoints": "step37_lit.run_checkpoints",
     "Sample": "step37_lit.batch",
     "Step37Captioner": "step37_lit.captioner",
     "Step37Config": "step37_lit.config",

@@ -15,18 +15,23 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+import yaml
 from jsonargparse import ArgumentError, set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from step37_lit.commands import INTERRUPTED, USER_ERROR
 from step37_lit.config import ConfigError
 from step37_lit.lit_module import Step37LitModule
+from step37_lit.megatron.strategy import MegatronStrategy
 from step37_lit.report import write_report
-from step37_lit.run_log import ContinuingCSVLogger
+from step37_lit.resume import Resume, ResumeMode, choose, compare, explicit
+from step37_lit.run_checkpoints import RunCheckpoints
+from step37_lit.run_log import ContinuingCSVLogger, figures
 
 LIGHTNING_LOGGERS = ("lightning.pytorch", "lightning.fabric")
 PROJECT_PACKAGES = ["step37_lit", "datamodules", "callbacks"]
@@ -100,9 +105,27 @@ class Step37CLI(LightningCLI):
     def parse_arguments(self, parser: Any, args: Any) -> None:
         self.config = parser.parse_args(args)
 
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        parser.add_argument(
+            "--resume",
+            type=ResumeMode,
+            default="auto",
+            help="of fit: auto goes on from the run's newest good checkpoint where it has one, must fails without, "
+            "never begins at step 0 (--ckpt_path names one)",
+        )
+
     def before_instantiate_classes(self) -> None:
+        self._resume = self._choose_checkpoint()
         if self.subcommand != "fit":  # an evaluation of a run must not overwrite what the run wrote
             self.save_config_callback = None
+
+    def _choose_checkpoint(self) -> Resume:
+        config = self.config[self.subcommand]
+        if config["ckpt_path"] is not None:
+            return explicit(config["ckpt_path"])
+        if self.subcommand != "fit" or config["trainer"]["enable_checkpointing"] is False:
+            return Resume(None)
+        return choose(config["resume"], Path(config["trainer"]["default_root_dir"]))
 
     def instantiate_classes(self) -> None:
         try:
@@ -125,16 +148,26 @@ class Step37CLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _run_loggers(self, root: str) -> list[Logger]:
-        resumed = self._get(self.config_init, "ckpt_path") is not None
-        metrics = ContinuingCSVLogger(root) if resumed else CSVLogger(root, name="", version="")
+        metrics = ContinuingCSVLogger(root) if self._resume.path is not None else CSVLogger(root, name="", version="")
         return [metrics, TensorBoardLogger(root, name="tensorboard", version="")]
 
     def after_instantiate_classes(self) -> None:
         """Everything that can be refused is refused here, before a process starts or a file is written."""
-        ckpt_path = self._get(self.config_init, "ckpt_path")
-        if ckpt_path is not None and not Path(ckpt_path).is_file():
-            raise ConfigError("ckpt_path", "a checkpoint file", ckpt_path)
         self.model.check(self.trainer, self.datamodule, fitting=self.subcommand == "fit")
+        strategy: MegatronStrategy = self.trainer.strategy
+        plain = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.subcommand]
+        strategy.recipe, strategy.fallbacks = plain, self._resume.fallbacks
+        lines = list(self._resume.lines)
+        if self._resume.path is not None:
+            self.trainer.ckpt_path = str(self._resume.path)
+            if self.subcommand == "fit":
+                lines += compare(self._resume.path, plain, self.model, self.datamodule)
+        if rank_zero_only.rank == 0 and self.subcommand == "fit":
+            print("\n".join(lines), flush=True)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        # The Trainer knows the path already, so that it is verified before anything is set up.
+        return super()._prepare_subcommand_kwargs(subcommand) | {"ckpt_path": None}
 
     def before_fit(self) -> None:
         """The first Ctrl-C ends training behind the current step on all ranks; the second one at once."""
@@ -166,17 +199,13 @@ class Step37CLI(LightningCLI):
 
 def summary(trainer: pl.Trainer) -> str:
     """Three lines for the end of a run: what was reached, the checkpoint, and where everything is."""
-    validated = ("loss", "attribute_accuracy", "attribute_accuracy_seen", "generated_attribute_accuracy", "cider_d")
-    shown = ["train/loss", *(f"val/{name}" for name in validated)]
-    metrics = trainer.callback_metrics
-    reached = ", ".join(f"{name} {float(metrics[name]):.4f}" for name in shown if name in metrics)
     root = Path(trainer.default_root_dir)
     checkpoint = trainer.checkpoint_callback
     saved = "none"
-    if isinstance(checkpoint, ModelCheckpoint):
+    if isinstance(checkpoint, RunCheckpoints | ModelCheckpoint):
         saved = checkpoint.last_model_path or checkpoint.best_model_path or "none"
     return (
-        f"reached     step {trainer.global_step}: {reached}\n"
+        f"reached     step {trainer.global_step}: {figures(trainer.callback_metrics, training=True)}\n"
         f"checkpoint  {saved}\n"
         f"files       {root}: metrics.csv, config.yaml, pictures; curves: tensorboard --logdir {root}"
     )

@@ -1,14 +1,23 @@
-"""metrics.csv of a run: one file, which a resumed run continues."""
+"""What a run says of itself: metrics.csv, one file which a resumed run continues, and its figures in a line."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+VALIDATED = ("loss", "attribute_accuracy", "attribute_accuracy_seen", "generated_attribute_accuracy", "cider_d")
+
+
+def figures(metrics: Mapping[str, Any], training: bool) -> str:
+    """The figures that tell how far a run is: "val/loss 0.0562, val/cider_d 5.0440"; with `train/loss` if asked."""
+    names = [*(["train/loss"] if training else []), *(f"val/{name}" for name in VALIDATED)]
+    return ", ".join(f"{name} {float(metrics[name]):.4f}" for name in names if name in metrics)
 
 
 class _ContinuingWriter(ExperimentWriter):

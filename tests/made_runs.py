@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from browser import HOSTILE_TEXTS
 
+from step37_lit.checkpoint.folder import commit, staging
 from step37_lit.report.pictures import save_picture
 
 CAPTIONS = (
@@ -123,8 +124,10 @@ def plain_run(folder: Path) -> Path:
     for i in range(19):
         save_picture(folder, f"unseen-{i}", scene(i))
     write_lines(folder / "expert_load.jsonl", expert_load(layers=range(1, 5), experts=8, steps=VALIDATIONS))
-    (folder / "checkpoints").mkdir()
-    (folder / "checkpoints" / "last.ckpt").write_bytes(bytes(5_400_000))
+    target = folder / "checkpoints" / "step_000600"
+    with staging(target) as staged:
+        (staged / "training.pt").write_bytes(bytes(5_400_000))
+        commit(target, "training", step=600)
     return folder
 
 

@@ -180,7 +180,7 @@ def test_the_caption_command(run: Path, tmp_path: Path) -> None:
     printed = caption("--model", run / "checkpoints" / "last.ckpt", pictures / "1.jpg", "--max-new-tokens", 6)
     assert printed.stdout == f"{pictures / '1.jpg'}\t{rows[1]['caption']}\n"
     for arguments, line in (
-        (("--model", tmp_path, pictures), "checkpoint: expected a checkpoint file, or a run's folder"),
+        (("--model", tmp_path, pictures), "checkpoint: expected a checkpoint's folder, or a run's folder"),
         (("--model", run, tmp_path / "nowhere"), "IMAGES: expected a file or a folder"),
         (
             ("--model", run, pictures / "broken.png"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,9 +56,11 @@ def test_fit_then_resume_then_validate(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.strip().splitlines()[-4:]
     assert lines[0].startswith("reached     step 4: train/loss")
-    assert lines[1] == f"checkpoint  {run}/checkpoints/last.ckpt"
+    assert lines[1] == f"checkpoint  {run}/checkpoints/step_000004"
     assert str(run) in lines[2]
     assert lines[3] == f"report      {run}/report.html" and (run / "report.html").is_file()
+    validations = re.findall(r"^validation  (step \d+): val/loss .*, val/cider_d \d\.\d{4}$", done.stdout, re.MULTILINE)
+    assert validations == ["step 2", "step 4"]
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]  # nothing beside the run's folder
     assert [path.relative_to(run) for path in run.rglob("metrics.csv")] == [Path("metrics.csv")]
@@ -75,11 +78,13 @@ def test_fit_then_resume_then_validate(tmp_path: Path) -> None:
 
     # Six steps straight equal four and two more from the checkpoint; the log goes on in the same file.
     longer = ["--data.num_steps=6", "--model.decay_steps=4"]
-    first = command("fit", f"--config={RECIPE}", *SHORT, *longer, where, folder=tmp_path)
+    first = command("fit", f"--config={RECIPE}", *SHORT, *longer, where, "--resume=never", folder=tmp_path)
     assert first.returncode == 0, first.stderr
-    more = ["--trainer.max_steps=6", f"--ckpt_path={run}/checkpoints/last.ckpt"]
+    more = ["--trainer.max_steps=6"]
     resumed = command("fit", f"--config={RECIPE}", *SHORT, *longer, *more, where, folder=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
+    assert f"resume      step 4, epoch 0: {run}/checkpoints/step_000004" in resumed.stdout
+    assert "resume      changed: trainer.max_steps: 4 -> 6" in resumed.stdout
     other = ["--trainer.max_steps=6", f"--trainer.default_root_dir={straight}"]
     whole = command("fit", f"--config={RECIPE}", *SHORT, *longer, *other, folder=tmp_path)
     assert whole.returncode == 0, whole.stderr
@@ -87,7 +92,7 @@ def test_fit_then_resume_then_validate(tmp_path: Path) -> None:
         assert rows(run / "metrics.csv", column) == rows(straight / "metrics.csv", column), column
 
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    checkpoint = f"--ckpt_path={run}/checkpoints/last.ckpt"
+    checkpoint = f"--ckpt_path={run}/checkpoints/step_000006"
     evaluated = command("validate", f"--config={run}/config.yaml", checkpoint, folder=tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr
     assert "val/attribute_accuracy" in evaluated.stdout

@@ -233,9 +233,12 @@ def restore_schedulers(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
         scheduler: Any = config.scheduler
         if isinstance(scheduler, LambdaLR):
             # Its own load_state_dict would bring back the old rates, warm-up and decay.
-            scheduler.last_epoch = state["last_epoch"] - 1
-            scheduler._step_count = state["_step_count"] - 1
-            scheduler.step()
+            step = state["last_epoch"]
+            scheduler.last_epoch, scheduler._step_count = step, state["_step_count"]
+            pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            scheduler._last_lr = [rate * factor(step) for rate, factor in pairs]
+            for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+                group["lr"] = rate
         else:
             scheduler.load_state_dict(state)
     checkpoint["lr_schedulers"] = []

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import yaml  # type: ignore[import-untyped]
 
+from step37_lit.checkpoint.folder import list_checkpoints
 from step37_lit.config import ConfigError, require
 
 METRICS, CONFIG, BAD_SAMPLES, EXPERT_LOAD = "metrics.csv", "config.yaml", "bad_samples.jsonl", "expert_load.jsonl"
@@ -87,7 +88,7 @@ class ExpertLoad:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's file: bytes, and seconds since 1970 of its last change."""
+    """A checkpoint: bytes of its files, and when it was written in seconds since 1970."""
 
     name: str
     num_bytes: int
@@ -249,8 +250,8 @@ def _read_loads(path: Path) -> Iterator[ExpertLoad]:
 
 
 def _read_checkpoints(folder: Path) -> tuple[Checkpoint, ...]:
-    found = sorted(folder.glob("*.ckpt")) if folder.is_dir() else []
-    return tuple(Checkpoint(path.name, path.stat().st_size, path.stat().st_mtime) for path in found)
+    whole = [(each.path.name, each.manifest) for each in list_checkpoints(folder) if each.manifest is not None]
+    return tuple(sorted((Checkpoint(name, m.num_bytes, m.created) for name, m in whole), key=lambda each: each.name))
 
 
 def _written_files(folder: Path) -> list[Path]:
