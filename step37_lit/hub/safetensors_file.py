@@ -84,9 +84,9 @@ class SafetensorsFile:
         head = os.pread(self._handle, 8, 0)
         length = int.from_bytes(head, "little")
         if size < 8 or not 2 <= length <= min(size - 8, LONGEST_HEADER):
-            found = f"a header of {length} bytes in a file of {size}"
             kinds = [kind for magic, kind in FOREIGN.items() if head.startswith(magic)]
-            raise ConfigError("the file", "safetensors", *(kinds or [found]), self.file)
+            kinds.append(f"a header of {length} bytes in a file of {size}")
+            raise ConfigError("the file", "safetensors", kinds[0], self.file)
         header = parse_json_object(os.pread(self._handle, length, 8), self.file)
         header.pop("__metadata__", None)
         data = 8 + length
