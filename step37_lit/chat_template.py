@@ -109,8 +109,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             loop.iter = _filtered(loop.iter, COUNTED)
         for block in list(template.find_all(nodes.AssignBlock)):
             block.filter = _filtered(block.filter, BOUNDED)
-        for output in list(template.find_all((nodes.Assign, nodes.Output))):
-            _bound_concatenations(output)
+        _bound_concatenations(template)
         return template
 
     def call(self, context: Context, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -144,14 +143,14 @@ def _filtered(value: Any, name: str) -> nodes.Filter:
 
 
 def _bound_concatenations(node: nodes.Node) -> None:
-    """Puts the filter `_bounded` around every `a ~ b`."""
+    """Puts the filter `_bounded` around every `a ~ b`, the inner ones first."""
+    for child in list(node.iter_child_nodes()):
+        _bound_concatenations(child)
     for name, value in list(node.iter_fields()):
         if isinstance(value, nodes.Concat):
             setattr(node, name, _filtered(value, BOUNDED))
         elif isinstance(value, list):
             value[:] = [_filtered(each, BOUNDED) if isinstance(each, nodes.Concat) else each for each in value]
-    for child in node.iter_child_nodes():
-        _bound_concatenations(child)
 
 
 def _check_length(length: float) -> None:

@@ -51,12 +51,11 @@ DEEP = "[" * 100_000 + "]" * 100_000
 
 
 def answers_or_refuses(read: Callable[[], Any]) -> None:
-    """No other exception, one line, and no more memory than a few kB of input may take."""
+    """No other exception, a message that can be read, and no more memory than a few kB of input may take."""
     tracemalloc.start()
     try:
         read()
     except (ConfigError, FileNotFoundError) as error:
-        assert "\n" not in str(error) or error.args, error
         assert len(str(error)) < 5_000
     finally:
         _, peak = tracemalloc.get_traced_memory()
@@ -206,7 +205,7 @@ ENDLESS = {
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_endless_templates(name: str) -> None:
-    with pytest.raises(ConfigError, match="chat_template") as refused:
+    with pytest.raises(ConfigError, match="more than|too large|is unsafe|endless recursion") as refused:
         ChatTemplate(ENDLESS[name]).render(messages=MESSAGES)
     assert "\n" not in str(refused.value)
 
