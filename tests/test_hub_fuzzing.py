@@ -74,13 +74,13 @@ def changed(draw: st.DrawFn, original: Any) -> str:
     """JSON of `original` with some places set to something else, taken out, or with a few characters changed."""
     value = copy.deepcopy(original)
     for _ in range(draw(st.integers(1, 3))):
-        *path, last = draw(st.sampled_from(places(value)[1:]))
+        *path, last = draw(st.sampled_from(places(value)[1:] or [("new",)]))
         place = value
         for key in path:
             place = place[key]
         if draw(st.booleans()):
             place[last] = draw(VALUES)
-        else:
+        elif not isinstance(place, dict) or last in place:
             del place[last]
     text = json.dumps(value)
     if draw(st.integers(0, 3)) == 0:

@@ -14,6 +14,7 @@ from step37_lit.hub.fields import read_json_object
 from step37_lit.hub.names import HubTensor, Split
 from step37_lit.hub.safetensors_file import Entry, SafetensorsFile
 
+LONGEST_NAME = 255  # characters of a file's name
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -52,7 +53,8 @@ class SafetensorsFolder:
             raise ConfigError("weight_map", "an object of tensor names and file names", weight_map, index)
         present = {path.name for path in self.folder.iterdir()}
         for name in sorted(set(weight_map.values())):
-            if Path(name).name != name or not name.endswith(".safetensors"):
+            plain = Path(name).name == name and name.endswith(".safetensors") and len(name) <= LONGEST_NAME
+            if not plain:
                 raise ConfigError("weight_map", "names of safetensors files in this folder", name, index)
             if name not in present:
                 raise FileNotFoundError(f"{self.folder / name}: no such file (the index names it)")
