@@ -15,14 +15,14 @@ from step37_lit.batch import Sample
 from step37_lit.config import ConfigError, require
 from step37_lit.generation import Completion, Generator
 from step37_lit.hub.load import load_hub_model
+from step37_lit.hub.text_files import TEMPLATE_FILE, TOKENIZER_FILE
 from step37_lit.images import WHITE, open_image
 from step37_lit.model.step37_model import Step37Model
 from step37_lit.processor import DEFAULT_PROMPT, Step37Processor
 from step37_lit.sampling import GenerationSettings
 from step37_lit.saved_model import read_checkpoint
+from step37_lit.text_file import read_text
 from step37_lit.tokenizer import Step37Tokenizer
-
-TOKENIZER_FILE, TEMPLATE_FILE = "tokenizer.json", "chat_template.jinja"
 
 Picture = str | Path | Image.Image | Tensor
 
@@ -69,7 +69,7 @@ class Step37Captioner:
         template = folder / TEMPLATE_FILE
         tokenizer = Step37Tokenizer.from_file(folder / TOKENIZER_FILE)
         model = load_hub_model(str(folder), dtype)
-        text = template.read_text(encoding="utf-8") if template.is_file() else None
+        text = read_text(template) if template.is_file() else None
         return cls(model, Step37Processor(tokenizer, model.step37, text, multicrop), **options)
 
     def __call__(

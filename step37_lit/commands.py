@@ -16,6 +16,7 @@ COMMANDS = {
     "checkpoint": "step37_lit.checkpoint_command",
     "report": "step37_lit.report_command",
     "plan": "step37_lit.planner.command",
+    "convert": "step37_lit.convert_command",
 }
 USER_ERROR = 2
 INTERRUPTED = 130

@@ -18,6 +18,8 @@ from typing import Any, Literal
 AttentionKind = Literal["full_attention", "sliding_attention"]
 ATTENTION_KINDS: tuple[AttentionKind, ...] = ("full_attention", "sliding_attention")
 
+LONGEST_SHOWN = 1000  # characters of a part of a message
+
 
 class UserError(ValueError):
     """A mistake of the user's: one line that says what to change, and exit code 2."""
@@ -29,11 +31,24 @@ class ConfigError(UserError):
     def __init__(self, field_name: str, expected: object, found: object, file: str | Path | None = None):
         self.field_name, self.expected, self.found, self.file = field_name, expected, found, file
         where = f"{file}: " if file is not None else ""
-        super().__init__(f"{where}{field_name}: expected {expected}, found {found!r}")
+        super().__init__(f"{where}{_short(field_name)}: expected {_short(str(expected))}, found {_shown(found)}")
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[object, ...]]:
         # Pickled by an exception's args it could not be made again, and a pool of processes would break.
         return type(self), (self.field_name, self.expected, self.found, self.file)
+
+
+def _shown(found: object) -> str:
+    """On one line, whatever a file held."""
+    try:
+        text = repr(found)
+    except RecursionError:
+        return f"a deeply nested {type(found).__name__}"
+    return _short(text)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}... ({len(text)} characters)"
 
 
 def require(condition: bool, field_name: str, expected: object, found: object) -> None:

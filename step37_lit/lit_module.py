@@ -17,9 +17,11 @@ from step37_lit.batch import PackedBatch
 from step37_lit.config import ConfigError, Step37Config, require
 from step37_lit.evaluation import EvaluationSums, swap_images
 from step37_lit.flops import training_flops
+from step37_lit.initial_weights import check_initial_weights, load_initial_weights, read_initial_config
 from step37_lit.lr_schedule import WarmupCosine
 from step37_lit.megatron import process
 from step37_lit.megatron.build import build_stage
+from step37_lit.megatron.chunks import chunks_of
 from step37_lit.megatron.layout import ParallelLayout
 from step37_lit.megatron.optimizer import AdamWSettings, check_patterns
 from step37_lit.megatron.schedule import StepResult
@@ -41,9 +43,9 @@ class Step37LitModule(pl.LightningModule):
     split) and, where the data names attribute words, `val/attribute_accuracy` and one value for each kind.
 
     Args:
-        preset: A named size (tiny, tiny_moe, flash); give either this or `hub`.
-        hub: Folder of a hub checkpoint: its config, and its weights unless `random_weights`.
-        random_weights: Start from random weights although `hub` is given.
+        preset: A named size (tiny, tiny_moe, flash); give either this or `init_from`.
+        init_from: A hub folder, a checkpoint's folder or a run's: its model, and its weights unless `random_weights`.
+        random_weights: Start from random weights although `init_from` is given.
         text: Fields of the text decoder to replace (see `TextConfig`).
         vision: Fields of the vision tower to replace (see `VisionConfig`).
         tokens: Special tokens to replace (see `TokenIds`).
@@ -66,7 +68,7 @@ class Step37LitModule(pl.LightningModule):
     def __init__(
         self,
         preset: str | None = None,
-        hub: str | None = None,
+        init_from: str | None = None,
         random_weights: bool = False,
         text: dict[str, Any] | None = None,
         vision: dict[str, Any] | None = None,
@@ -87,11 +89,11 @@ class Step37LitModule(pl.LightningModule):
         seed: int = 0,
     ):
         super().__init__()
-        found = [value for value in (preset, hub) if value is not None]
-        require(len(found) == 1, "model.preset, model.hub", "exactly one of them", found)
-        base = Step37Config.preset(preset) if preset is not None else Step37Config.from_hub(str(hub))
+        found = [value for value in (preset, init_from) if value is not None]
+        require(len(found) == 1, "model.preset, model.init_from", "exactly one of them", found)
+        base = Step37Config.preset(preset) if preset is not None else read_initial_config(str(init_from))
         self.config = with_overrides(base, text=text, vision=vision, tokens=tokens)
-        self.hub = None if random_weights else hub
+        self.init_from = None if random_weights else init_from
         self.adamw = AdamWSettings(lr, weight_decay, tuple(betas), eps, lr_factors or {})
         check_patterns(self.config, self.adamw.lr_factors)
         self.warmup_steps, self.decay_steps, self.min_lr_factor = warmup_steps, decay_steps, min_lr_factor
@@ -125,15 +127,11 @@ class Step37LitModule(pl.LightningModule):
         dtype = self.strategy.dtype if attached else torch.float32
         if not attached:
             process.initialize(layout)
-        if self.hub is None:
-            recompute = self.strategy.recompute if attached else None
-            self.model = build_stage(self.config, layout, dtype, recompute, self.seed)
-        else:
-            from step37_lit.hub.load import load_hub_model
-
-            ranks = layout.model_parallel_size * layout.expert
-            require(ranks == 1, "model.hub", "a model that is not split (weights are loaded whole)", f"{ranks} ranks")
-            self.model = load_hub_model(self.hub, dtype, self.config, self.strategy.recompute if attached else None)
+        recompute = self.strategy.recompute if attached else None
+        seed = self.seed if self.init_from is None else None
+        self.model = build_stage(self.config, layout, dtype, recompute, seed)
+        if self.init_from is not None:
+            load_initial_weights(chunks_of(self.model), self.init_from)
         self.model.freeze(*self.frozen)
 
     def configure_optimizers(self) -> Any:
@@ -154,6 +152,8 @@ class Step37LitModule(pl.LightningModule):
         """
         strategy = megatron_strategy(trainer)
         strategy.check(self.config, trainer, fitting)
+        if self.init_from is not None:
+            check_initial_weights(self.config, self.init_from)
         if fitting:
             if isinstance(trainer.accelerator, CUDAAccelerator):
                 refuse_too_large(*self.planned(trainer), torch.cuda.get_device_properties(0).total_memory)

@@ -24,14 +24,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jinja2
 import torch
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 from torch import Tensor
 
 from step37_lit.batch import ImageForInsert, Sample
-from step37_lit.config import ConfigError, Step37Config, require
+from step37_lit.chat_template import ChatTemplate
+from step37_lit.config import Step37Config, require
 from step37_lit.multicrop import RESIZE_MODES, ResizeMode, crop_image, pixels_of, plan_crops, resize_pixels
 from step37_lit.tokenizer import BOS, IMAGE_PATCH, TURN_END, Step37Tokenizer
 
@@ -113,12 +112,7 @@ class Step37Processor:
         self.chat_template = DEFAULT_CHAT_TEMPLATE if chat_template is None else chat_template
         self.multicrop, self.resize = multicrop, resize
         self._first_characters = re.compile("[" + re.escape("".join({name[0] for name in tokenizer.special_ids})) + "]")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise_exception
-        try:
-            self._template = environment.from_string(self.chat_template)
-        except jinja2.TemplateError as error:
-            raise ConfigError("chat_template", "a Jinja template", str(error)) from error
+        self._template = ChatTemplate(self.chat_template)
 
     def __call__(self, messages: Sequence[Message], images: Sequence[Image.Image] = (), key: str = "") -> Sample:
         """A sample to learn from: every assistant turn, with its end-of-turn token, is in the loss mask.
@@ -270,16 +264,13 @@ class Step37Processor:
             at += len(part["text"])
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        try:
-            return self._template.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                bos_token=BOS,
-                eos_token=TURN_END,
-                tools=None,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise ConfigError("chat_template", "messages that it accepts", str(error)) from error
+        return self._template.render(
+            messages=messages,
+            add_generation_prompt=add_generation_prompt,
+            bos_token=BOS,
+            eos_token=TURN_END,
+            tools=None,
+        )
 
     def _escaped(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         def content_of(content: Any) -> Any:
@@ -294,11 +285,6 @@ class Step37Processor:
     def _escape(self, text: str) -> str:
         require(ESCAPE not in text, "text", "no noncharacter U+FDD0", text)
         return self._first_characters.sub(lambda match: match.group() + ESCAPE, text)
-
-
-def _raise_exception(message: str) -> None:
-    """What chat templates call to refuse messages."""
-    raise jinja2.TemplateError(message)
 
 
 def _check(messages: Sequence[Message], num_images: int) -> None:

@@ -11,11 +11,13 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from step37_lit.config import ConfigError, TokenIds, require
+from step37_lit.text_file import read_text
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -43,6 +45,18 @@ NAMES: dict[str, str] = {
 }
 
 
+def added_tokens(parsed: Any, file: str | Path | None = None) -> dict[str, int]:
+    """Ids by name of the `added_tokens` of a parsed `tokenizer.json`. Raises `ConfigError` where they are none."""
+    entries = parsed.get("added_tokens") if isinstance(parsed, dict) else None
+    ids: dict[str, int] = {}
+    for entry in entries if isinstance(entries, list) else [entries]:
+        name, number = (entry.get("content"), entry.get("id")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(name, str) or type(number) is not int or number < 0:
+            raise ConfigError("tokenizer.added_tokens", "objects with content and id", entry, file=file)
+        ids[name] = number
+    return ids
+
+
 class Step37Tokenizer:
     """A tokenizer whose special tokens have the model's names.
 
@@ -62,7 +76,7 @@ class Step37Tokenizer:
         except Exception as error:  # the tokenizers library raises bare Exception
             raise ConfigError("tokenizer", "a tokenizer.json", str(error), file=file) from error
         self.content = content
-        self.special_ids: dict[str, int] = {token["content"]: token["id"] for token in parsed["added_tokens"]}
+        self.special_ids = added_tokens(parsed, file)
         for name in (*NAMES.values(), TURN_START, TURN_END):
             if name not in self.special_ids:
                 raise ConfigError("tokenizer.added_tokens", f"the special token {name}", None, file=file)
@@ -77,7 +91,7 @@ class Step37Tokenizer:
         """Reads a `tokenizer.json`. Raises `ConfigError` where there is none or a special token is missing."""
         path = Path(path)
         require(path.is_file(), "tokenizer", "a file", str(path))
-        return cls(path.read_text(encoding="utf-8"), file=path)
+        return cls(read_text(path), file=path)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Step37Tokenizer:

@@ -117,7 +117,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     ),
     "wrong type": ([f"--config={RECIPE}", "--model.lr=fast"], ["model.lr", "fast"]),
     "unknown preset": ([f"--config={RECIPE}", "--model.preset=huge"], ["preset", "tiny", "huge"]),
-    "missing hub folder": ([f"--config={RECIPE}", "--model.preset=null", "--model.hub=nowhere"], ["nowhere"]),
+    "missing hub folder": ([f"--config={RECIPE}", "--model.preset=null", "--model.init_from=nowhere"], ["nowhere"]),
     "missing checkpoint": ([f"--config={RECIPE}", "--ckpt_path=gone.ckpt"], ["ckpt_path", "gone.ckpt"]),
     "missing tokenizer": ([f"--config={RECIPE}", "--data.tokenizer=gone.json"], ["gone.json"]),
     "packs": ([f"--config={RECIPE}", "--data.microbatches=0"], ["data.microbatches", "0"]),

@@ -176,7 +176,7 @@ def test_refused_folders(hub) -> None:
     with pytest.raises(ConfigError, match=rf"weight_map\.{NORM}: expected '?{weight_map[NORM]}"):
         load_hub_model(folder)
     write_index(folder, weight_map | {NORM: "../model.safetensors"})
-    with pytest.raises(ConfigError, match="names of files in this folder"):
+    with pytest.raises(ConfigError, match="names of safetensors files in this folder"):
         load_hub_model(folder)
 
     write_index(folder, weight_map)

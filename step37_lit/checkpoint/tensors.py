@@ -44,7 +44,7 @@ from step37_lit.checkpoint.metadata import read_metadata
 from step37_lit.config import ConfigError
 
 Offsets = tuple[int, ...]
-MAX_FILE_BYTES = 4 * 2**30
+MAX_FILE_BYTES = 512 * 2**20  # torch's writer keeps the tensors of a file until it is written
 
 
 @dataclass(frozen=True)
@@ -193,12 +193,23 @@ class _Writer(FileSystemWriter):
             files.put((self.folder / name, name, items))
             try:
                 results += self._write_data(planner, files).value()
-            except OSError as error:
-                error.filename = str(self.folder / name)  # which a failed write does not know
-                raise
+            except (OSError, RuntimeError) as error:
+                cause = _failed_write(error)
+                if cause is None:
+                    raise
+                cause.filename = str(self.folder / name)  # which a failed write does not know
+                raise cause from None
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
+
+
+def _failed_write(error: BaseException) -> OSError | None:
+    """The OSError behind an error: torch.save ends with a RuntimeError of its own where a write has failed."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__cause__ or found.__context__
+    return found
 
 
 def _by_size(items: Sequence[WriteItem], limit: int) -> Iterator[list[WriteItem]]:

@@ -1,83 +1,87 @@
 """How the hub's tensors become the weights of `Step37Model`, and back.
 
-Small pure functions over whole tensors; gradients convert as the weights do.
+A conversion is a layout: where in our fused weight the elements of each hub tensor stand. So both directions are
+copies through the same views, of whole tensors or of a rank's share, and gradients convert as the weights do.
 
 H = hidden, F = inner width, N = query heads, G = key/value heads, D = head_dim.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
 
 
-class Conversion(Protocol):
-    """Both directions between the hub's tensors of a row and our one weight."""
+class Conversion(ABC):
+    """Where the hub's tensors of a row stand in our one weight."""
 
-    def from_hub(self, tensors: Sequence[Tensor]) -> Tensor: ...
+    @abstractmethod
+    def fused_shape(self, shapes: Sequence[Shape]) -> Shape:
+        """Shape of our weight made of hub tensors of `shapes`."""
 
-    def to_hub(self, weight: Tensor, shapes: Sequence[Shape]) -> list[Tensor]: ...
-
-    def fused_shape(self, shapes: Sequence[Shape]) -> Shape: ...
-
-
-class Copy:
-    """One tensor, the same on both sides."""
+    @abstractmethod
+    def views(self, fused: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+        """For each hub tensor a view of `fused` with its elements in its order (its shape, or its first dimension
+        split in two)."""
 
     def from_hub(self, tensors: Sequence[Tensor]) -> Tensor:
-        (tensor,) = tensors
-        return tensor
+        """Our weight, a new tensor of the first one's dtype."""
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        fused = tensors[0].new_empty(self.fused_shape(shapes))
+        for view, tensor in zip(self.views(fused, shapes), tensors, strict=True):
+            view.copy_(tensor.reshape(view.shape))
+        return fused
 
-    def to_hub(self, weight: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
-        return [weight]
+    def to_hub(self, fused: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+        """The hub's tensors; views of `fused` where they can be."""
+        return [view.reshape(shape) for view, shape in zip(self.views(fused, shapes), shapes, strict=True)]
+
+
+class Copy(Conversion):
+    """One tensor, the same on both sides."""
 
     def fused_shape(self, shapes: Sequence[Shape]) -> Shape:
         (shape,) = shapes
-        return shape
+        return tuple(shape)
+
+    def views(self, fused: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+        return [fused]
 
 
-class GateUp:
+class GateUp(Conversion):
     """gate [(E,) F, H] and up [(E,) F, H] -> [(E,) 2 F, H], gate first."""
-
-    def from_hub(self, tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(tensors), dim=-2)
-
-    def to_hub(self, weight: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
-        return list(weight.chunk(2, dim=-2))
 
     def fused_shape(self, shapes: Sequence[Shape]) -> Shape:
         gate, _ = shapes
         return (*gate[:-2], 2 * gate[-2], gate[-1])
 
+    def views(self, fused: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+        return list(fused.chunk(2, dim=-2))
+
 
 @dataclass(frozen=True)
-class FuseQKV:
+class FuseQKV(Conversion):
     """q [N D, H], k [G D, H], v [G D, H] -> [(N + 2 G) D, H] in megatron's order: for each of the G groups its N / G
     query heads, then its key, then its value. So a tensor rank's share is whole groups.
 
     Args:
-        groups: Key/value heads (G).
+        head_dim: Channels of a head (D).
     """
 
-    groups: int
-
-    def from_hub(self, tensors: Sequence[Tensor]) -> Tensor:
-        by_group = [tensor.unflatten(0, (self.groups, -1)) for tensor in tensors]
-        return torch.cat(by_group, dim=1).flatten(0, 1)
-
-    def to_hub(self, weight: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
-        sizes = [shape[0] // self.groups for shape in shapes]
-        parts = weight.unflatten(0, (self.groups, -1)).split(sizes, dim=1)
-        return [part.flatten(0, 1) for part in parts]
+    head_dim: int
 
     def fused_shape(self, shapes: Sequence[Shape]) -> Shape:
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def views(self, fused: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+        groups = shapes[1][0] // self.head_dim
+        sizes = [shape[0] // groups for shape in shapes]
+        return list(fused.unflatten(0, (groups, -1)).split(sizes, dim=1))
 
 
 COPY = Copy()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from step37_lit.config import ConfigError
+from step37_lit.text_file import read_bytes
 
 T = TypeVar("T")
 _MISSING = object()
@@ -17,14 +18,35 @@ def read_json_object(file: Path) -> dict[str, Any]:
     """The object that a JSON file holds.
 
     Raises:
-        ConfigError: the file is no JSON object.
+        ConfigError: the file is no JSON object, or cannot be read.
         FileNotFoundError: there is no such file.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
+    return parse_json_object(read_bytes(file), file)
+
+
+def parse_json_object(content: bytes, file: Path) -> dict[str, Any]:
+    """A JSON object in UTF-8; `file` is for messages.
+
+    Raises:
+        ConfigError: it is something else, or an object in it names a field twice (of which JSON readers keep one
+            without a word).
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ConfigError(twice, "one field of this name", f"{names.count(twice)} of them", file)
+        return fields
+
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:  # also of bytes that are no UTF-8 and of endless digits
         raise ConfigError("the file", "JSON", str(error), file) from error
     if not isinstance(value, dict):
         raise ConfigError("the file", "a JSON object", type(value).__name__, file)

@@ -1,8 +1,9 @@
-"""A hub folder -> a `Step37Model` on this process."""
+"""A hub folder -> the weights of a `Step37Model`, each rank reading only what it holds."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 
 from step37_lit.config import ConfigError, Step37Config
+from step37_lit.hub.conversions import Shape
 from step37_lit.hub.names import Row, name_table
 from step37_lit.hub.safetensors_folder import SafetensorsFolder
 from step37_lit.megatron import process
 from step37_lit.megatron.build import build_model
-from step37_lit.model.recompute import Recompute
+from step37_lit.megatron.initialize import global_name
+from step37_lit.megatron.reading import RankPart, parts, raise_together
 from step37_lit.model.step37_model import Step37Model
 
 logger = logging.getLogger(__name__)
@@ -61,11 +64,25 @@ def _first(names: list[str], count: int = 3) -> str:
     return f" ({', '.join(names[:count])}{', ...' if len(names) > count else ''})"
 
 
+def check_folder(config: Step37Config, folder: SafetensorsFolder) -> LoadPlan:
+    """`plan_load` of an open folder, whose tensors must also have the table's shapes, those not loaded too.
+
+    Raises:
+        ConfigError: tensors are missing, unexpected or misshapen.
+    """
+    plan = plan_load(config, folder.names(), folder.folder)
+    names = folder.names()
+    for row in name_table(config):
+        for tensor in row.hub:
+            if tensor.name in names:
+                folder.check(tensor)
+    return plan
+
+
 def load_hub_model(
     path: str | Path,
     dtype: torch.dtype = torch.float32,
     config: Step37Config | None = None,
-    recompute: Recompute | None = None,
 ) -> Step37Model:
     """Builds the model of a hub folder on this process (one rank) and loads its weights.
 
@@ -76,7 +93,6 @@ def load_hub_model(
         path: Folder with `config.json` and safetensors, one file or shards with an index.
         dtype: Of the parameters; the router's bias is always fp32.
         config: The model, where it is not quite the folder's; None reads it there.
-        recompute: What training computes again in its backward pass; None is nothing.
 
     Raises:
         ConfigError: config and tensors do not fit: unknown fields, missing or unexpected tensors, wrong shapes.
@@ -84,24 +100,68 @@ def load_hub_model(
     """
     config = Step37Config.from_hub(path) if config is None else config
     with SafetensorsFolder(path) as folder:
-        plan = plan_load(config, folder.names(), path)
-        for row in plan.rows.values():
-            for tensor in row.hub:
-                folder.check_shape(tensor.name, tensor.shape)
-        _say_what_mtp_becomes(config, plan, path)
-        process.initialize()
-        model = build_model(config, dtype=dtype, seed=None, recompute=recompute)
-        weights = loadable_weights(model)
-        differing = sorted(set(weights) ^ set(plan.rows))
-        if differing:
-            raise RuntimeError(f"model and name table differ: {differing}")
-        with torch.no_grad():
-            for name, row in plan.rows.items():
-                fused = row.conversion.from_hub([folder.tensor(tensor.name) for tensor in row.hub])
-                if fused.shape != weights[name].shape:
-                    raise RuntimeError(f"{name}: model {list(weights[name].shape)}, name table {list(fused.shape)}")
-                weights[name].copy_(fused)
+        check_folder(config, folder)  # before a model is built
+    process.initialize()
+    model = build_model(config, dtype=dtype, seed=None)
+    load_hub_weights([model], path)
     return model
+
+
+def load_hub_weights(chunks: Sequence[Step37Model], path: str | Path) -> int:
+    """Fills this rank's part of a model, of any layout, from a hub folder; every rank must call it.
+
+    Args:
+        chunks: The model chunks of this rank, built already; their values so far are lost.
+        path: As `load_hub_model`.
+
+    Returns:
+        Bytes of tensors that this rank has read.
+
+    Raises:
+        ConfigError: as `load_hub_model`; also on the ranks that could read theirs, where another could not.
+        RuntimeError: model and name table differ.
+    """
+    error: Exception | None = None
+    count = 0
+    try:
+        count = _load(chunks, path)
+    except (ConfigError, FileNotFoundError) as found:
+        error = found
+    raise_together(error, next(chunks[0].parameters()).device)
+    return count
+
+
+def _load(chunks: Sequence[Step37Model], path: str | Path) -> int:
+    config = chunks[0].step37
+    with SafetensorsFolder(path) as folder, torch.no_grad():
+        plan = check_folder(config, folder)
+        _say_what_mtp_becomes(config, plan, path)
+        for chunk in chunks:
+            places = parts(chunk)
+            for local, weight in loadable_weights(chunk).items():
+                name = global_name(chunk, local)
+                if name not in plan.rows:
+                    raise RuntimeError(f"{name}: in the model, not in the name table")
+                _read(plan.rows[name], weight.detach(), folder, places)
+        return folder.bytes_read
+
+
+def _read(row: Row, weight: Tensor, folder: SafetensorsFolder, places: dict[str, RankPart]) -> None:
+    part = RankPart(0, 1) if row.split is None else places[row.split.over]
+    shapes = [_part_shape(row, tensor.shape, part.ranks) for tensor in row.hub]
+    fused = row.conversion.fused_shape(shapes)
+    if weight.shape != fused:
+        raise RuntimeError(f"{row.ours}: model {list(weight.shape)}, name table {list(fused)} of {part.ranks} parts")
+    for tensor, view in zip(row.hub, row.conversion.views(weight, shapes), strict=True):
+        folder.read(tensor.name, view, row.split, *part)
+
+
+def _part_shape(row: Row, shape: Shape, count: int) -> Shape:
+    """Of a hub tensor: one rank's part."""
+    if row.split is None:
+        return shape
+    dim = row.split.dim
+    return (*shape[:dim], shape[dim] // count, *shape[dim + 1 :])
 
 
 def _say_what_mtp_becomes(config: Step37Config, plan: LoadPlan, path: str | Path) -> None:
@@ -113,7 +173,7 @@ def _say_what_mtp_becomes(config: Step37Config, plan: LoadPlan, path: str | Path
 
 
 def loadable_weights(model: Step37Model) -> dict[str, Tensor]:
-    """Parameters and the routers' biases by name: what a checkpoint holds (one rank)."""
+    """Parameters and the routers' biases by name: what a checkpoint holds of a rank's part of the model."""
     weights: dict[str, Tensor] = dict(model.named_parameters())
     weights |= {name: buffer for name, buffer in model.named_buffers() if name.endswith(".expert_bias")}
     return weights

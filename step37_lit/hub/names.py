@@ -1,7 +1,8 @@
 """The name table: one row a weight, hub <-> this project.
 
 A row names the hub's tensors (some weights are fused here), the weight in `Step37Model` (layers numbered over the
-whole decoder), and how the one becomes the other. Everything follows from the config alone: shapes, dtypes, totals.
+whole decoder), how the one becomes the other, and along which dimension ranks share it. Everything follows from the
+config alone: shapes, dtypes, totals. Which rows a rank has follows from the layers that its model has.
 
 H = hidden, E = experts, F = inner width, N = query heads, G = key/value heads, D = head_dim.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -44,6 +46,22 @@ class HubTensor:
 
 
 @dataclass(frozen=True)
+class Split:
+    """How ranks share a weight: equal parts of each hub tensor, which fused are the rank's part of ours.
+
+    Args:
+        over: The ranks that share it.
+        dim: Dimension of the hub's tensors.
+    """
+
+    over: Literal["tensor", "expert"]
+    dim: int
+
+
+ROWS, COLUMNS, EXPERTS = Split("tensor", 0), Split("tensor", 1), Split("expert", 0)
+
+
+@dataclass(frozen=True)
 class Row:
     """One weight.
 
@@ -51,16 +69,23 @@ class Row:
         hub: The hub's tensors that make it up, in the order of `conversion`.
         ours: Its name in `Step37Model`; None for MTP layers that the config does not build.
         conversion: How `hub` becomes `ours` and back.
+        split: How ranks share it; None is whole on each rank that has it.
     """
 
     hub: tuple[HubTensor, ...]
     ours: str | None
     conversion: Conversion = COPY
+    split: Split | None = None
 
     @property
     def shape(self) -> Shape:
         """Shape of our weight on one rank."""
         return self.conversion.fused_shape([tensor.shape for tensor in self.hub])
+
+    @property
+    def fp32(self) -> bool:
+        """Kept in fp32 whatever the model's dtype."""
+        return self.hub[0].fp32
 
 
 def name_table(config: Step37Config) -> list[Row]:
@@ -71,10 +96,11 @@ def name_table(config: Step37Config) -> list[Row]:
 def text_rows(config: Step37Config) -> list[Row]:
     """The decoder and its MTP layers (`ours` is None there without `text.mtp`)."""
     text = config.text
+    table = (text.vocab_size, text.hidden_size)
     rows = [
-        _copy("model.embed_tokens.weight", "embedding.word_embeddings.weight", (text.vocab_size, text.hidden_size)),
+        _copy("model.embed_tokens.weight", "embedding.word_embeddings.weight", table, ROWS),
         _copy("model.norm.weight", "decoder.final_layernorm.weight", (text.hidden_size,)),
-        _copy("lm_head.weight", "output_layer.weight", (text.vocab_size, text.hidden_size)),
+        _copy("lm_head.weight", "output_layer.weight", table, ROWS),
     ]
     for layer in range(text.num_layers):
         rows += _layer_rows(config, layer, f"decoder.layers.{layer}")
@@ -95,8 +121,8 @@ def vision_rows(config: Step37Config) -> list[Row]:
     return [_copy(hub, ours, shape) for hub, ours, shape in names]
 
 
-def _copy(hub: str, ours: str | None, shape: Shape) -> Row:
-    return Row((HubTensor(hub, shape),), ours)
+def _copy(hub: str, ours: str, shape: Shape, split: Split | None = None) -> Row:
+    return Row((HubTensor(hub, shape),), ours, split=split)
 
 
 def _layer_rows(config: Step37Config, layer: int, ours: str) -> list[Row]:
@@ -110,15 +136,15 @@ def _layer_rows(config: Step37Config, layer: int, ours: str) -> list[Row]:
         for name, shape in (("q", (heads * head_dim, hidden)), ("k", kv), ("v", kv))
     )
     copies = (
-        ("input_layernorm", "input_layernorm", (hidden,)),
-        ("self_attn.o_proj", "self_attention.linear_proj", (hidden, heads * head_dim)),
-        ("self_attn.g_proj", "self_attention.linear_gate", (heads, hidden)),
-        ("self_attn.q_norm", "self_attention.q_layernorm", (head_dim,)),
-        ("self_attn.k_norm", "self_attention.k_layernorm", (head_dim,)),
-        ("post_attention_layernorm", "pre_mlp_layernorm", (hidden,)),
+        ("input_layernorm", "input_layernorm", (hidden,), None),
+        ("self_attn.o_proj", "self_attention.linear_proj", (hidden, heads * head_dim), COLUMNS),
+        ("self_attn.g_proj", "self_attention.linear_gate", (heads, hidden), ROWS),
+        ("self_attn.q_norm", "self_attention.q_layernorm", (head_dim,), None),
+        ("self_attn.k_norm", "self_attention.k_layernorm", (head_dim,), None),
+        ("post_attention_layernorm", "pre_mlp_layernorm", (hidden,), None),
     )
-    rows = [_copy(f"{hub}.{h}.weight", f"{ours}.{o}.weight", shape) for h, o, shape in copies]
-    rows.append(Row(qkv, f"{ours}.self_attention.linear_qkv.weight", FuseQKV(text.num_kv_groups)))
+    rows = [_copy(f"{hub}.{h}.weight", f"{ours}.{o}.weight", shape, split) for h, o, shape, split in copies]
+    rows.append(Row(qkv, f"{ours}.self_attention.linear_qkv.weight", FuseQKV(head_dim), ROWS))
     if layer in text.moe_layers:
         rows += _moe_rows(config, hub, ours)
     else:
@@ -129,8 +155,8 @@ def _layer_rows(config: Step37Config, layer: int, ours: str) -> list[Row]:
 def _swiglu_rows(hub: str, ours: str, hidden: int, inner: int) -> list[Row]:
     gate_up = tuple(HubTensor(f"{hub}.{name}_proj.weight", (inner, hidden)) for name in ("gate", "up"))
     return [
-        Row(gate_up, f"{ours}.linear_fc1.weight", GATE_UP),
-        _copy(f"{hub}.down_proj.weight", f"{ours}.linear_fc2.weight", (hidden, inner)),
+        Row(gate_up, f"{ours}.linear_fc1.weight", GATE_UP, ROWS),
+        _copy(f"{hub}.down_proj.weight", f"{ours}.linear_fc2.weight", (hidden, inner), COLUMNS),
     ]
 
 
@@ -141,8 +167,8 @@ def _moe_rows(config: Step37Config, hub: str, ours: str) -> list[Row]:
     return [
         _copy(f"{hub}.moe.gate.weight", f"{ours}.mlp.router.weight", (experts, hidden)),
         Row((HubTensor(f"{hub}.moe.router_bias", (experts,), fp32=True),), f"{ours}.mlp.router.expert_bias"),
-        Row(gate_up, f"{ours}.mlp.experts.weight1", GATE_UP),
-        _copy(f"{hub}.moe.down_proj.weight", f"{ours}.mlp.experts.weight2", (experts, hidden, inner)),
+        Row(gate_up, f"{ours}.mlp.experts.weight1", GATE_UP, EXPERTS),
+        _copy(f"{hub}.moe.down_proj.weight", f"{ours}.mlp.experts.weight2", (experts, hidden, inner), EXPERTS),
         *_swiglu_rows(f"{hub}.share_expert", f"{ours}.mlp.shared_experts", hidden, text.shared_expert_ffn_size),
     ]
 
@@ -151,13 +177,14 @@ def _mtp_rows(config: Step37Config, layer: int, ours: str) -> list[Row]:
     """What an MTP layer has beside its decoder layer."""
     text = config.text
     copies = (
-        ("enorm", "enorm", (text.hidden_size,)),
-        ("hnorm", "hnorm", (text.hidden_size,)),
-        ("eh_proj", "eh_proj", (text.hidden_size, 2 * text.hidden_size)),
-        ("transformer.shared_head.norm", "final_layernorm", (text.hidden_size,)),
-        ("transformer.shared_head.output", "output_layer", (text.vocab_size, text.hidden_size)),
+        ("enorm", "enorm", (text.hidden_size,), None),
+        ("hnorm", "hnorm", (text.hidden_size,), None),
+        ("eh_proj", "eh_proj", (text.hidden_size, 2 * text.hidden_size), None),
+        ("transformer.shared_head.norm", "final_layernorm", (text.hidden_size,), None),
+        ("transformer.shared_head.output", "output_layer", (text.vocab_size, text.hidden_size), ROWS),
     )
-    return [_copy(f"model.layers.{layer}.{h}.weight", f"{ours}.{o}.weight", shape) for h, o, shape in copies]
+    hub = f"model.layers.{layer}"
+    return [_copy(f"{hub}.{h}.weight", f"{ours}.{o}.weight", shape, split) for h, o, shape, split in copies]
 
 
 def _vision_shapes(vision: VisionConfig) -> Iterator[tuple[str, Shape]]:

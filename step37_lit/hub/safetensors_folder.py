@@ -5,16 +5,17 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from step37_lit.config import ConfigError
 from step37_lit.hub.fields import read_json_object
+from step37_lit.hub.names import HubTensor, Split
+from step37_lit.hub.safetensors_file import Entry, SafetensorsFile
 
+LONGEST_NAME = 255  # characters of a file's name
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-FLOAT_DTYPES = ("F32", "F16", "BF16")
 
 
 class SafetensorsFolder:
@@ -24,13 +25,15 @@ class SafetensorsFolder:
         folder: Has `model.safetensors`, or `model.safetensors.index.json` and the shards that it names.
 
     Raises:
-        ConfigError: both forms are there, the index and the shards differ, or a tensor stands in two shards.
+        ConfigError: both forms are there, the index and the shards differ, a tensor stands in two shards, or a file is
+            no safetensors.
         FileNotFoundError: neither form is there, or a shard is missing.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._files: dict[str, Any] = {}
+        self.files: list[SafetensorsFile] = []
+        self._file_of: dict[str, SafetensorsFile] = {}
         self._stack = ExitStack()
         single, index = self.folder / SINGLE_FILE, self.folder / INDEX_FILE
         if single.is_file() and index.is_file():
@@ -48,49 +51,64 @@ class SafetensorsFolder:
         weight_map = read_json_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise ConfigError("weight_map", "an object of tensor names and file names", weight_map, index)
+        present = {path.name for path in self.folder.iterdir()}
         for name in sorted(set(weight_map.values())):
-            if Path(name).name != name:
-                raise ConfigError("weight_map", "names of files in this folder", name, index)
+            plain = Path(name).name == name and name.endswith(".safetensors") and len(name) <= LONGEST_NAME
+            if not plain:
+                raise ConfigError("weight_map", "names of safetensors files in this folder", name, index)
+            if name not in present:
+                raise FileNotFoundError(f"{self.folder / name}: no such file (the index names it)")
             self._open(self.folder / name, opening)
-        listed, found = set(weight_map), set(self._files)
+        listed, found = set(weight_map), set(self._file_of)
         differing = sorted(listed ^ found)
         if differing:
             where = "no shard" if differing[0] in listed else "a shard, but not in the index"
             raise ConfigError("weight_map", f"the tensors of the shards ({len(differing)} differ)",
                               f"{differing[0]} in {where}", index)  # fmt: skip
         for name, file in weight_map.items():
-            if self._files[name][0].name != file:
-                raise ConfigError(f"weight_map.{name}", self._files[name][0].name, file, index)
+            if self._file_of[name].file.name != file:
+                raise ConfigError(f"weight_map.{name}", self._file_of[name].file.name, file, index)
 
-    def _open(self, file: Path, opening: ExitStack) -> None:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file")
-        try:
-            handle = opening.enter_context(safe_open(file, framework="pt"))
-        except SafetensorError as error:
-            raise ConfigError("the file", "safetensors", str(error), file) from error
-        for name in handle.keys():  # noqa: SIM118 (a handle is no dictionary)
-            if name in self._files:
-                raise ConfigError(name, "one tensor of this name", f"another in {self._files[name][0].name}", file)
-            self._files[name] = (file, handle)
+    def _open(self, path: Path, opening: ExitStack) -> None:
+        file = SafetensorsFile(path)
+        opening.callback(file.close)
+        self.files.append(file)
+        for name in file.entries:
+            if name in self._file_of:
+                found = f"another in {self._file_of[name].file.name}"
+                raise ConfigError(name, "one tensor of this name", found, path)
+            self._file_of[name] = file
 
     def names(self) -> set[str]:
         """Names of all tensors."""
-        return set(self._files)
+        return set(self._file_of)
 
-    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raises `ConfigError` unless tensor `name` is floating point and has `shape`."""
-        file, handle = self._files[name]
-        entry = handle.get_slice(name)
-        found = tuple(entry.get_shape())
-        if found != shape:
-            raise ConfigError(name, f"shape {shape}", found, file)
-        if entry.get_dtype() not in FLOAT_DTYPES:
-            raise ConfigError(name, " or ".join(FLOAT_DTYPES), entry.get_dtype(), file)
+    def entry(self, name: str) -> Entry:
+        """Dtype and shape of tensor `name`."""
+        return self._file_of[name].entries[name]
 
-    def tensor(self, name: str) -> Tensor:
-        """Tensor `name`, as stored."""
-        return self._files[name][1].get_tensor(name)
+    def file_of(self, name: str) -> Path:
+        """The file that holds tensor `name`."""
+        return self._file_of[name].file
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors that were read so far."""
+        return sum(file.bytes_read for file in self.files)
+
+    def check(self, tensor: HubTensor) -> None:
+        """Raises `ConfigError` unless the tensor has the shape of the name table."""
+        file = self._file_of[tensor.name]
+        found = file.entries[tensor.name].shape
+        if found != tensor.shape:
+            raise ConfigError(tensor.name, f"shape {tensor.shape}", found, file.file)
+
+    def read(self, name: str, target: Tensor, split: Split | None = None, part: int = 0, parts: int = 1) -> None:
+        """Fills a view with tensor `name`, or with a rank's part of it (`SafetensorsFile.read`)."""
+        if split is None:
+            self._file_of[name].read(name, target)
+        else:
+            self._file_of[name].read(name, target, split.dim, part, parts)
 
     def __enter__(self) -> Self:
         return self

@@ -1,0 +1,42 @@
+"""Reading weights in any layout: this rank's part of what is split, and errors that all ranks must know of."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from megatron.core.utils import get_pg_rank, get_pg_size
+
+from step37_lit.config import ConfigError
+from step37_lit.model.step37_model import Step37Model
+
+
+class RankPart(NamedTuple):
+    """Which of `ranks` equal parts of a weight this rank holds, along the dimension that its layer splits."""
+
+    rank: int
+    ranks: int
+
+
+def parts(chunk: Step37Model) -> dict[str, RankPart]:
+    """This rank's place among the ranks that share a matrix (`tensor`) and those that share experts (`expert`)."""
+    groups = {"tensor": chunk.pg_collection.tp, "expert": chunk.pg_collection.ep}
+    return {name: RankPart(get_pg_rank(group), get_pg_size(group)) for name, group in groups.items()}
+
+
+def raise_together(error: Exception | None, device: torch.device) -> None:
+    """Raises on every rank where one of them has an error, so that none waits for the others' next message.
+
+    Raises:
+        ConfigError: on the ranks without an error of their own.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        if error is not None:
+            raise error
+        return
+    failed = torch.tensor([float(error is not None)], device=device)
+    torch.distributed.all_reduce(failed)
+    if error is not None:
+        raise error
+    if failed.item() > 0:
+        raise ConfigError("weights", "all ranks to read theirs", f"{int(failed.item())} that could not")
