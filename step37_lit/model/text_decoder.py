@@ -5,7 +5,7 @@ TransformerBlock
     input_layernorm     ZeroCentredRMSNorm
     self_attention      HybridSelfAttention (full or sliding, its own number of heads)
     pre_mlp_layernorm   ZeroCentredRMSNorm
-    mlp                 DenseMLP, or MoELayer (Router, GroupedExperts, SharedExpert)
+    mlp                 DenseMLP, or ExpertLayer (Router, GroupedExperts, SharedExpert)
   final_layernorm       ZeroCentredRMSNorm
 """
 
@@ -18,7 +18,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
@@ -29,6 +29,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron.core.utils import get_pg_rank
 
 from step37_lit.megatron.core_attention import AttentionBackend, core_attention_of
+from step37_lit.megatron.dispatch import ExpertLayer
 from step37_lit.megatron.norm import ZeroCentredRMSNorm
 from step37_lit.megatron.transformer_config import Step37TransformerConfig
 from step37_lit.model.attention import HybridAttentionSubmodules, HybridSelfAttention
@@ -97,18 +98,17 @@ def _attention_spec(backend: AttentionBackend) -> ModuleSpec:
     )
 
 
-def _feed_forward_spec(
-    config: Step37TransformerConfig, layer: int, pg_collection: ProcessGroupCollection
-) -> ModuleSpec | _PartSpec:
+def _feed_forward_spec(config: Step37TransformerConfig, layer: int, pg_collection: ProcessGroupCollection) -> _PartSpec:
     text = config.step37.text
     shared_limit = {"limit": text.swiglu_limits_shared[layer]}
     if layer not in text.moe_layers:
         return _PartSpec(module=DenseMLP, submodules=_LINEARS, params={**shared_limit, "tp_group": pg_collection.tp})
-    return ModuleSpec(
-        module=MoELayer,
+    return _PartSpec(
+        module=ExpertLayer,
         submodules=MoESubmodules(
             router=Router,
             experts=ModuleSpec(module=GroupedExperts, params={"limit": text.swiglu_limits[layer]}),
             shared_experts=ModuleSpec(module=SharedExpert, submodules=_LINEARS, params=shared_limit),
         ),
+        params={"pg_collection": pg_collection},
     )
