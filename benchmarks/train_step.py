@@ -35,8 +35,8 @@ IMAGE_SIDE, VOCABULARY = 224, 4096
 LAYER_TYPES = ["full_attention", *["sliding_attention"] * 3] * 2
 
 
-def reference_model(dense: bool) -> Any:
-    """A `transformers` model of about 20M parameters."""
+def reference_model(dense: bool, width: int = 320) -> Any:
+    """A `transformers` model; of about 20M parameters at a width of 320."""
     from transformers import Step3p7Config, Step3p7ForConditionalGeneration
 
     layers = len(LAYER_TYPES)
@@ -44,8 +44,8 @@ def reference_model(dense: bool) -> Any:
     vision = {"width": 192, "layers": 6, "heads": 6, "mlp_ratio": 512 / 192, "image_size": IMAGE_SIDE}
     text = {
         "vocab_size": VOCABULARY,
-        "hidden_size": 320,
-        "intermediate_size": 896,
+        "hidden_size": width,
+        "intermediate_size": width * 14 // 5,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -53,8 +53,8 @@ def reference_model(dense: bool) -> Any:
         "layer_types": LAYER_TYPES,
         "sliding_window": 64,
         "attention_other_setting": {"num_attention_heads": 6},
-        "moe_intermediate_size": 160,
-        "share_expert_dim": 160,
+        "moe_intermediate_size": width // 2,
+        "share_expert_dim": width // 2,
         "moe_router_scaling_factor": 3.0,
         "rope_theta": [5e6 if kind == "full_attention" else 1e4 for kind in LAYER_TYPES],
         "partial_rotary_factors": [0.5 if kind == "full_attention" else 1.0 for kind in LAYER_TYPES],

@@ -66,15 +66,15 @@ class CoreAttention(nn.Module):
 
         Args:
             query: [R, N, D].
-            keys, values: [R, G, C, D].
+            keys, values: [R, C, G, D].
             seen: [R, C] bool, which positions count.
 
         Returns:
             [R, N, D].
         """
         # The queries of a group stand where a kernel expects positions, so that no key is copied for them.
-        grouped = query.view(query.shape[0], keys.shape[1], -1, query.shape[2])
-        mask = seen[:, None, None, :]
+        grouped = query.view(query.shape[0], keys.shape[2], -1, query.shape[2])
+        keys, values, mask = keys.transpose(1, 2), values.transpose(1, 2), seen[:, None, None, :]
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=self.softmax_scale)
         return out.reshape(query.shape)
 

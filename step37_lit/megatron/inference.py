@@ -7,7 +7,7 @@ choose the next token itself. R = rows, V = vocabulary, T = tokens of a pack, H 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,13 +19,20 @@ from torch import Tensor
 from step37_lit.batch import ImageForInsert, PackedBatch
 from step37_lit.config import require
 from step37_lit.megatron.chunks import ModelChunks, chunks_of
+from step37_lit.megatron.matmul import grouped_matmul_of, matmul_of
+from step37_lit.model.experts import GroupedExperts
 from step37_lit.model.kv_cache import KVCache
 from step37_lit.model.step37_model import Step37Model
+
+_OF_CLASS = object()  # in place of an attribute that only the class has
 
 
 @contextmanager
 def inference_mode(model: Step37Model | ModelChunks) -> Iterator[None]:
     """Evaluation without gradients, and without sequence parallelism: a step has as many tokens as there are rows.
+
+    The layers stay the model's; what changes is how their matrices are multiplied (`matmul_of`). The weights must not
+    change inside.
 
     Raises:
         ConfigError: context ranks share the rows: a step has one token of each.
@@ -33,19 +40,35 @@ def inference_mode(model: Step37Model | ModelChunks) -> Iterator[None]:
     advice = "1 to generate (context ranks cannot share one token)"
     require(model.config.context_parallel_size == 1, "strategy.context", advice, model.config.context_parallel_size)
     # megatron's own switch asks for attributes of its GPT model. The linear layers and the configuration have the flag.
-    linears = [m for m in model.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
-    split: list[Any] = [part for part in (model.config, *linears) if part.sequence_parallel]
+    changes: list[tuple[Any, str, Any]] = [(model.config, "sequence_parallel", False)]
+    for part in model.modules():
+        if isinstance(part, ColumnParallelLinear | RowParallelLinear):
+            changes += [(part, "sequence_parallel", False), (part, "_forward_impl", matmul_of(part.weight))]
+        if isinstance(part, ColumnParallelLinear):
+            changes.append((part, "disable_grad_reduce", True))
+        if isinstance(part, GroupedExperts):
+            changes.append((part, "grouped_matmul", grouped_matmul_of(part.weight1, part.weight2)))
     training = model.training
-    try:
-        for part in split:
-            part.sequence_parallel = False
+    with ExitStack() as stack:
+        for owner, name, value in changes:
+            stack.enter_context(_attribute(owner, name, value))
+        stack.callback(model.train, training)
+        stack.enter_context(torch.no_grad())
         model.eval()
-        with torch.no_grad():
-            yield
+        yield
+
+
+@contextmanager
+def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = vars(owner).get(name, _OF_CLASS)
+    setattr(owner, name, value)
+    try:
+        yield
     finally:
-        for part in split:
-            part.sequence_parallel = True
-        model.train(training)
+        if before is _OF_CLASS:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
 
 
 class RowDecoder:

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.utils import get_pg_rank
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from step37_lit.megatron.matmul import grouped_matmul
 from step37_lit.megatron.transformer_config import Step37TransformerConfig
 from step37_lit.model import recompute
 
@@ -85,18 +85,6 @@ class SharedExpert(SharedExpertMLP):
         return self.linear_fc2(recompute.run(self.recompute, swiglu, gate_and_up, self.limit))[0]
 
 
-class MixtureOfExperts(MoELayer):
-    """megatron's layer. Without sequence parallelism all tensor ranks send the same tokens to the experts: the result
-    is right, and the experts' gradients are this many times too large (`data_parallel.wrap` divides them)."""
-
-    def __init__(
-        self, config: Step37TransformerConfig, submodules: MoESubmodules, pg_collection: ProcessGroupCollection
-    ):
-        super().__init__(config=config, submodules=submodules, pg_collection=pg_collection)
-        # Only read where megatron refuses to train so, for the sake of speed; experts have tensor groups of one rank.
-        self.attn_tp_group = pg_collection.expt_tp
-
-
 class Router(TopKRouter):
     """Sigmoid scores in fp32; top-k of score + `expert_bias`; weights are the scores alone, normalised, scaled.
 
@@ -147,6 +135,8 @@ class GroupedExperts(MegatronModule):
             marks.tensor_model_parallel = True  # every rank's share counts in the clipped norm
             marks.partition_dim, marks.partition_stride = 0, 1
 
+    grouped_matmul = staticmethod(grouped_matmul)  # `inference_mode` puts a faster one in its place
+
     def forward(self, hidden_states: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         """Each token through its expert, times its routing weight.
 
@@ -158,10 +148,9 @@ class GroupedExperts(MegatronModule):
         Returns:
             [n, H] and no bias.
         """
-        ends = tokens_per_expert.to(device=hidden_states.device, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        gate_and_up = F.grouped_mm(hidden_states, self.weight1.transpose(1, 2), offs=ends)
+        gate_and_up = self.grouped_matmul(hidden_states, self.weight1, tokens_per_expert)
         inner = recompute.run(self.recompute, self._weighted_swiglu, gate_and_up, probs)
-        return F.grouped_mm(inner, self.weight2.transpose(1, 2), offs=ends), None
+        return self.grouped_matmul(inner, self.weight2, tokens_per_expert), None
 
     def _weighted_swiglu(self, gate_and_up: Tensor, probs: Tensor) -> Tensor:
         return (swiglu(gate_and_up, self.limit) * probs.unsqueeze(-1)).to(gate_and_up.dtype)

@@ -30,8 +30,9 @@ class KVCache:
         self.capacity = capacity
         self.lengths: Tensor | None = None
         self._longest = 0  # of `lengths`, known without asking the device
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values [R, G, C, D]
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values [R, C, G, D]
         self._decoding = False
+        self._places: dict[int, tuple[Tensor, Tensor]] = {}  # of the open pass, by the positions that a layer keeps
 
     @property
     def num_rows(self) -> int:
@@ -45,6 +46,7 @@ class KVCache:
         """
         borders = packed.cu_seqlens_q
         self._decoding = self.lengths is not None
+        self._places = {}
         if self.lengths is None:
             self.lengths = torch.zeros(len(borders) - 1, dtype=torch.int64, device=borders.device)
         elif packed.max_seqlen_q != 1 or len(borders) - 1 != self.num_rows:
@@ -91,14 +93,22 @@ class KVCache:
         if not self._decoding:
             self._layers[layer] = tuple(self._stored(part, kept, packed) for part in (key, value))  # type: ignore[assignment]
             return core_attention(query, key, value, packed)
-        assert self.lengths is not None
         keys, values = self._layers[layer]
-        slots = self.lengths % kept
-        rows = torch.arange(self.num_rows, device=slots.device)
-        keys[rows, :, slots], values[rows, :, slots] = key, value
-        used = min(self._longest + 1, kept)
-        seen = torch.arange(used, device=slots.device) <= self.lengths[:, None]
-        return core_attention.attend_rows(query, keys[:, :, :used], values[:, :, :used], seen)
+        slots, seen = self._slots_and_seen(kept)
+        for stored, new in ((keys, key), (values, value)):
+            stored.view(-1, *new.shape[1:]).index_copy_(0, slots, new)
+        used = seen.shape[1]
+        return core_attention.attend_rows(query, keys[:, :used], values[:, :used], seen)
+
+    def _slots_and_seen(self, kept: int) -> tuple[Tensor, Tensor]:
+        """Where the open pass' token of each row goes, [R] in the [R x C] slots of all rows, and which slots it sees,
+        [R, used] bool: the same for all layers that keep as many positions."""
+        if kept not in self._places:
+            assert self.lengths is not None
+            rows = torch.arange(self.num_rows, device=self.lengths.device)
+            positions = torch.arange(min(self._longest + 1, kept), device=rows.device)
+            self._places[kept] = rows * kept + self.lengths % kept, positions <= self.lengths[:, None]
+        return self._places[kept]
 
     def select(self, rows: Tensor) -> None:
         """Keeps the rows of these numbers, in their order; a number may come several times.
@@ -111,12 +121,12 @@ class KVCache:
         self._layers = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self._layers.items()}
 
     def _stored(self, part: Tensor, kept: int, packed: PackedSeqParams) -> Tensor:
-        """[T, G, D] of a pack -> [R, G, kept, D] with each row's last `kept` positions."""
+        """[T, G, D] of a pack -> [R, kept, G, D] with each row's last `kept` positions."""
         borders = packed.cu_seqlens_q.long()
         lengths = borders.diff()
         row_of = torch.arange(len(lengths), device=part.device).repeat_interleave(lengths)
         positions = torch.arange(len(part), device=part.device) - borders[:-1][row_of]
         last = positions >= (lengths - kept)[row_of]
-        stored = part.new_zeros(len(lengths), part.shape[1], kept, part.shape[2])
-        stored[row_of[last], :, positions[last] % kept] = part[last]
+        stored = part.new_zeros(len(lengths), kept, *part.shape[1:])
+        stored[row_of[last], positions[last] % kept] = part[last]
         return stored

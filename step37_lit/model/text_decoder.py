@@ -29,10 +29,11 @@ from megatron.core.transformer.transformer_layer import (
 from megatron.core.utils import get_pg_rank
 
 from step37_lit.megatron.core_attention import AttentionBackend, core_attention_of
+from step37_lit.megatron.dispatch import MixtureOfExperts
 from step37_lit.megatron.norm import ZeroCentredRMSNorm
 from step37_lit.megatron.transformer_config import Step37TransformerConfig
 from step37_lit.model.attention import HybridAttentionSubmodules, HybridSelfAttention
-from step37_lit.model.experts import DenseMLP, GroupedExperts, MixtureOfExperts, Router, SharedExpert
+from step37_lit.model.experts import DenseMLP, GroupedExperts, Router, SharedExpert
 from step37_lit.model.recompute import RecomputeMode, run
 
 _LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
