@@ -122,7 +122,7 @@ def test_rows_must_divide(layout: ParallelLayout, multiple: int) -> None:
 def test_generation_is_refused(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model(Step37Config.preset("tiny"))
     monkeypatch.setattr(model.config, "context_parallel_size", 2)
-    with pytest.raises(ConfigError, match="strategy.context: expected 1 to generate .*found 2"), inference_mode(model):
+    with pytest.raises(ConfigError, match=r"strategy.context: expected 1 to generate .*found 2"), inference_mode(model):
         pass
 
 
@@ -134,7 +134,7 @@ def test_caption_metrics_are_refused(tmp_path: Path) -> None:
     )
     lit = Step37LitModule(**module_arguments())
     lit.trainer = trainer
-    with pytest.raises(ConfigError, match="strategy.context: expected 1 with CaptionMetrics .*found 2"):
+    with pytest.raises(ConfigError, match=r"strategy.context: expected 1 with CaptionMetrics .*found 2"):
         lit.check(trainer, None, fitting=True)
 
 
