@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def report_load(trainer: pl.Trainer, module: Step37LitModule, checkpoint: Path) -> None:
-    shares, steps = [], {name: 1 for name in dict(module.model.named_parameters())}
+    shares, steps = [], dict.fromkeys(dict(module.model.named_parameters()), 1)
     for _ in range(5):
         begun = time.perf_counter()
         verify(checkpoint)

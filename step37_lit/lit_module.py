@@ -13,15 +13,18 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from step37_lit import saved_model
 from step37_lit.batch import PackedBatch
+from step37_lit.checkpoint.manifest import verify
 from step37_lit.config import ConfigError, Step37Config, require
 from step37_lit.evaluation import EvaluationSums, swap_images
 from step37_lit.flops import training_flops
 from step37_lit.lr_schedule import WarmupCosine
 from step37_lit.megatron import process
 from step37_lit.megatron.build import build_model
+from step37_lit.megatron.checkpointing import check_same_model
 from step37_lit.megatron.layout import ParallelLayout
 from step37_lit.megatron.optimizer import AdamWSettings, check_patterns
 from step37_lit.megatron.schedule import StepResult
+from step37_lit.megatron.sharding import MODEL, load_weights
 from step37_lit.megatron.strategy import MegatronStrategy
 from step37_lit.throughput import StepTimer, measure_gemm_peak
 
@@ -40,6 +43,7 @@ class Step37LitModule(pl.LightningModule):
         preset: A named size (tiny, tiny_moe, flash); give either this or `hub`.
         hub: Folder of a hub checkpoint: its config, and its weights unless `random_weights`.
         random_weights: Start from random weights although `hub` is given.
+        init_from: Folder of a checkpoint, or of a run, whose weights training begins with; any layout and dtype.
         text: Fields of the text decoder to replace (see `TextConfig`).
         vision: Fields of the vision tower to replace (see `VisionConfig`).
         tokens: Special tokens to replace (see `TokenIds`).
@@ -64,6 +68,7 @@ class Step37LitModule(pl.LightningModule):
         preset: str | None = None,
         hub: str | None = None,
         random_weights: bool = False,
+        init_from: str | None = None,
         text: dict[str, Any] | None = None,
         vision: dict[str, Any] | None = None,
         tokens: dict[str, Any] | None = None,
@@ -88,6 +93,10 @@ class Step37LitModule(pl.LightningModule):
         base = Step37Config.preset(preset) if preset is not None else Step37Config.from_hub(str(hub))
         self.config = with_overrides(base, text=text, vision=vision, tokens=tokens)
         self.hub = None if random_weights else hub
+        self.init_from = None if init_from is None else saved_model.find_checkpoint(init_from)
+        if self.init_from is not None:
+            require(self.hub is None, "model.init_from", "null with model.hub", init_from)
+            check_same_model(saved_model.read_config(self.init_from), self.config, self.init_from)
         self.adamw = AdamWSettings(lr, weight_decay, tuple(betas), eps, lr_factors or {})
         check_patterns(self.config, self.adamw.lr_factors)
         self.warmup_steps, self.decay_steps, self.min_lr_factor = warmup_steps, decay_steps, min_lr_factor
@@ -123,6 +132,9 @@ class Step37LitModule(pl.LightningModule):
             process.initialize(layout)
         if self.hub is None:
             self.model = build_model(self.config, layout, dtype, seed=self.seed)
+            if self.init_from is not None and not (attached and self.trainer.ckpt_path):
+                verify(self.init_from, only=MODEL)
+                load_weights([self.model], self.init_from)
         else:
             from step37_lit.hub.load import load_hub_model
 

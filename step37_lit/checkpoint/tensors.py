@@ -6,6 +6,7 @@ reading: DCP reads the overlaps.
 
 from __future__ import annotations
 
+import errno
 import math
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -193,12 +194,24 @@ class _Writer(FileSystemWriter):
             files.put((self.folder / name, name, items))
             try:
                 results += self._write_data(planner, files).value()
-            except OSError as error:
-                error.filename = str(self.folder / name)  # which a failed write does not know
-                raise
+            except (OSError, RuntimeError) as error:
+                raise _write_error(error, self.folder / name) from error
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
+
+
+def _write_error(error: BaseException, file: Path) -> OSError:
+    """The system's error with the file's name, which neither a failed write nor torch's archive writer tells.
+
+    torch gives up with "unexpected pos" when less was written than it asked for; the reason stands behind it.
+    """
+    reason: BaseException | None = error
+    while reason is not None and not isinstance(reason, OSError):
+        reason = reason.__cause__ or reason.__context__
+    if reason is None:
+        return OSError(errno.EIO, str(error).splitlines()[0], str(file))
+    return OSError(reason.errno, reason.strerror, str(file))
 
 
 def _by_size(items: Sequence[WriteItem], limit: int) -> Iterator[list[WriteItem]]:
