@@ -26,8 +26,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
-
 from step37_lit.config import Step37Config, VisionConfig
 from step37_lit.hub.exporting import ExportOptions, export_hub
 from step37_lit.hub.importing import import_hub
@@ -99,7 +97,7 @@ def timed(run: Callable[[], object]) -> tuple[float, float]:
 
 
 def peak_memory(kind: str, source: Path, target: Path) -> int:
-    command = [sys.executable, "-W", "ignore", "-c", MEASURE, kind, str(source), str(target)]
+    command = [sys.executable, "-W", "ignore", "-c", MEASURE, kind, str(source), str(target), str(SHARD)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 

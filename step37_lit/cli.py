@@ -7,6 +7,7 @@ before it is imported.
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import signal
 import sys
@@ -15,7 +16,6 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
-import yaml
 from jsonargparse import ArgumentError, set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
@@ -26,8 +26,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from step37_lit.commands import INTERRUPTED, USER_ERROR
 from step37_lit.config import ConfigError
-from step37_lit.lit_module import Step37LitModule
-from step37_lit.megatron.strategy import MegatronStrategy
+from step37_lit.lit_module import Step37LitModule, megatron_strategy
 from step37_lit.report import write_report
 from step37_lit.resume import Resume, ResumeMode, choose, compare, explicit
 from step37_lit.run_checkpoints import RunCheckpoints
@@ -154,8 +153,8 @@ class Step37CLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Everything that can be refused is refused here, before a process starts or a file is written."""
         self.model.check(self.trainer, self.datamodule, fitting=self.subcommand == "fit")
-        strategy: MegatronStrategy = self.trainer.strategy
-        plain = yaml.safe_load(self.parser.dump(self.config, skip_none=False))[self.subcommand]
+        strategy = megatron_strategy(self.trainer)
+        plain = json.loads(self.parser.dump(self.config, skip_none=False, format="json"))[self.subcommand]
         strategy.recipe, strategy.fallbacks = plain, self._resume.fallbacks
         lines = list(self._resume.lines)
         if self._resume.path is not None:

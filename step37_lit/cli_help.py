@@ -2,7 +2,7 @@
 
 HELP = """\
 usage: python -m step37_lit {fit,validate,test,predict} --config RECIPE [--section.field VALUE ...]
-       python -m step37_lit {shard,index,caption,report,convert} ...
+       python -m step37_lit {shard,index,caption,checkpoint,convert,report} ...
 
 Step-3.7, a vision-language model, on megatron-core in PyTorch Lightning.
 
@@ -15,12 +15,14 @@ subcommands:
   index      index shards, so that epochs can be planned; add token lengths for a recipe
   shard --inspect SHARDS --config RECIPE   a page about shards and the packs that are made of them
   caption    captions of pictures by a run, a checkpoint or a hub folder
+  checkpoint verify, list, show or prune the checkpoints of a run
   convert    a hub folder to a checkpoint, and back
   report     one page about a run: curves, stages, captions side by side (fit writes it at its end)
 
 often used:
   --config recipes/scenes_tiny.yaml   a recipe; later files and options override earlier ones
-  --ckpt_path FILE                    resume (fit) or evaluate (validate, test, predict) a checkpoint
+  --resume must|auto|never            fit goes on from the run's newest good checkpoint (auto: where there is one)
+  --ckpt_path FOLDER                  resume (fit) or evaluate (validate, test, predict) this checkpoint
   --trainer.max_steps N               optimizer steps
   --trainer.default_root_dir DIR      where every file of the run goes
   --trainer.devices N                 processes; with --trainer.strategy.init_args.tensor N they share each matrix

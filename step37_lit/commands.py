@@ -13,6 +13,7 @@ COMMANDS = {
     "shard": "datamodules.commands.shard",
     "index": "datamodules.commands.index",
     "caption": "step37_lit.caption_command",
+    "checkpoint": "step37_lit.checkpoint_command",
     "report": "step37_lit.report_command",
     "convert": "step37_lit.convert_command",
 }

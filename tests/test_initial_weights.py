@@ -64,8 +64,10 @@ def test_another_model_is_refused_before_anything_is_built(folders) -> None:
         fewer = dataclasses.replace(config, projector_bias=False)
         with pytest.raises(ConfigError, match="unexpected"):
             check_initial_weights(fewer, path)
-    with pytest.raises(ConfigError, match=r"model\.preset, model\.init_from: expected exactly one"):
-        Step37LitModule(preset="tiny", init_from=str(folders[0]))
+        with pytest.raises(ConfigError, match=r"model: expected .*text\.num_layers 4.*of the checkpoint"):
+            Step37LitModule(preset="tiny", init_from=str(path))
+    with pytest.raises(ConfigError, match=r"model\.preset, model\.init_from: expected one of them"):
+        Step37LitModule()
     with pytest.raises(ConfigError, match=r"model\.init_from: expected a hub folder or a checkpoint"):
         Step37LitModule(init_from="nowhere")
 

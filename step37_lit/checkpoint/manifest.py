@@ -215,6 +215,6 @@ def _threads() -> int:
     return max(1, min(16, os.cpu_count() or 1))
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any) -> Any:
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return value if len(text) <= 60 else f"{text[:57]}..."
