@@ -34,21 +34,19 @@ from tests.hub_folders import write_hub
 CHUNK = 2**22
 SHARD = 500_000_000
 
-MEASURE = (
-    """
+MEASURE = """
 import sys
 from pathlib import Path
 from step37_lit.hub.exporting import ExportOptions, export_hub
 from step37_lit.hub.importing import import_hub
 def status(name):
-    return next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(name)) * 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 before = status("VmRSS")
-kind, source, target = sys.argv[1:]
-import_hub(source, target) if kind == "import" else export_hub(source, target, ExportOptions(shard_size=%d))
+kind, source, target, shard_size = sys.argv[1:]
+import_hub(source, target) if kind == "import" else export_hub(source, target, ExportOptions(shard_size=int(shard_size)))
 print(status("VmHWM") - before)
 """
-    % SHARD
-)
 
 
 def config_of(gigabytes: float) -> Step37Config:
