@@ -26,8 +26,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
-
 from step37_lit.config import Step37Config, VisionConfig
 from step37_lit.hub.exporting import ExportOptions, export_hub
 from step37_lit.hub.importing import import_hub
@@ -36,21 +34,19 @@ from tests.hub_folders import write_hub
 CHUNK = 2**22
 SHARD = 500_000_000
 
-MEASURE = (
-    """
+MEASURE = """
 import sys
 from pathlib import Path
 from step37_lit.hub.exporting import ExportOptions, export_hub
 from step37_lit.hub.importing import import_hub
 def status(name):
-    return next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(name)) * 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 before = status("VmRSS")
-kind, source, target = sys.argv[1:]
-import_hub(source, target) if kind == "import" else export_hub(source, target, ExportOptions(shard_size=%d))
+kind, source, target, shard_size = sys.argv[1:]
+import_hub(source, target) if kind == "import" else export_hub(source, target, ExportOptions(shard_size=int(shard_size)))
 print(status("VmHWM") - before)
 """
-    % SHARD
-)
 
 
 def config_of(gigabytes: float) -> Step37Config:
@@ -99,7 +95,7 @@ def timed(run: Callable[[], object]) -> tuple[float, float]:
 
 
 def peak_memory(kind: str, source: Path, target: Path) -> int:
-    command = [sys.executable, "-W", "ignore", "-c", MEASURE, kind, str(source), str(target)]
+    command = [sys.executable, "-W", "ignore", "-c", MEASURE, kind, str(source), str(target), str(SHARD)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,10 +18,12 @@ from step37_lit.batch import PackedBatch
 from step37_lit.config import ConfigError, Step37Config, require
 from step37_lit.evaluation import EvaluationSums, swap_images
 from step37_lit.flops import training_flops
+from step37_lit.hub.config_writer import hub_facts
 from step37_lit.initial_weights import check_initial_weights, load_initial_weights, read_initial_config
 from step37_lit.lr_schedule import WarmupCosine
 from step37_lit.megatron import process
 from step37_lit.megatron.build import build_stage
+from step37_lit.megatron.checkpointing import check_same_model
 from step37_lit.megatron.chunks import chunks_of
 from step37_lit.megatron.layout import ParallelLayout
 from step37_lit.megatron.optimizer import AdamWSettings, check_patterns
@@ -43,9 +46,10 @@ class Step37LitModule(pl.LightningModule):
     split) and, where the data names attribute words, `val/attribute_accuracy` and one value for each kind.
 
     Args:
-        preset: A named size (tiny, tiny_moe, flash); give either this or `init_from`.
-        init_from: A hub folder, a checkpoint's folder or a run's: its model, and its weights unless `random_weights`.
-        random_weights: Start from random weights although `init_from` is given.
+        preset: A named size (tiny, tiny_moe, flash); null takes the model of `init_from`.
+        init_from: A hub folder, a checkpoint's folder or a run's: its weights are what training begins with, in any
+            layout and dtype; where `preset` is given too, it must be of that model.
+        random_weights: Start from random weights although `init_from` is given, for its model alone.
         text: Fields of the text decoder to replace (see `TextConfig`).
         vision: Fields of the vision tower to replace (see `VisionConfig`).
         tokens: Special tokens to replace (see `TokenIds`).
@@ -89,11 +93,12 @@ class Step37LitModule(pl.LightningModule):
         seed: int = 0,
     ):
         super().__init__()
-        found = [value for value in (preset, init_from) if value is not None]
-        require(len(found) == 1, "model.preset, model.init_from", "exactly one of them", found)
+        require(preset is not None or init_from is not None, "model.preset, model.init_from", "one of them", None)
         base = Step37Config.preset(preset) if preset is not None else read_initial_config(str(init_from))
         self.config = with_overrides(base, text=text, vision=vision, tokens=tokens)
         self.init_from = None if random_weights else init_from
+        if preset is not None and init_from is not None:
+            check_same_model(hub_facts(read_initial_config(init_from)), hub_facts(self.config), Path(init_from))
         self.adamw = AdamWSettings(lr, weight_decay, tuple(betas), eps, lr_factors or {})
         check_patterns(self.config, self.adamw.lr_factors)
         self.warmup_steps, self.decay_steps, self.min_lr_factor = warmup_steps, decay_steps, min_lr_factor
@@ -127,11 +132,12 @@ class Step37LitModule(pl.LightningModule):
         dtype = self.strategy.dtype if attached else torch.float32
         if not attached:
             process.initialize(layout)
+        # A run that is resumed reads its own weights.
+        begins = self.init_from is not None and not (attached and self.trainer.ckpt_path)
         recompute = self.strategy.recompute if attached else None
-        seed = self.seed if self.init_from is None else None
-        self.model = build_stage(self.config, layout, dtype, recompute, seed)
-        if self.init_from is not None:
-            load_initial_weights(chunks_of(self.model), self.init_from)
+        self.model = build_stage(self.config, layout, dtype, recompute, None if begins else self.seed)
+        if begins:
+            load_initial_weights(chunks_of(self.model), str(self.init_from))
         self.model.freeze(*self.frozen)
 
     def configure_optimizers(self) -> Any:

@@ -18,7 +18,11 @@ from step37_lit.hub.safetensors_writer import SafetensorsWriter, TensorSpec
 from step37_lit.tokenizer import Step37Tokenizer
 
 EXTRA_TEXTS = {"generation_config.json": '{"eos_token_id": [1, 2, 9]}\n', "README.md": "# hub\r\n", "LICENSE": "free\n"}
-TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}\r\n"
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}{% if p.type == 'image' %}<im_patch>{% else %}{{ p.text }}{% endif %}{% endfor %}"
+    "{% endif %}{{ eos_token }}\n{% endfor %}\r\n"
+)
 
 
 def every_feature(mtp_layers: int = 2) -> Step37Config:

@@ -88,7 +88,7 @@ def test_a_sliding_layer_keeps_its_window_only(model: Step37Model, prompts: list
     with inference_mode(model):
         decoder = RowDecoder(model, 100)
         decoder.prefill(PackedBatch.from_samples(prompts))
-    kept = [keys.shape[1] for keys, _ in decoder.cache._layers.values()]
+    kept = [keys.shape[1] for keys, _ in decoder.chunks[0][1]._layers.values()]
     assert kept == [100, 8, 8, 100]
 
 

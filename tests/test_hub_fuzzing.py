@@ -173,7 +173,8 @@ def test_tokenizer(tmp_path_factory: pytest.TempPathFactory, content: str | byte
 
 
 PIECES = [
-    "{{ messages }}", "{% for m in messages %}", "{% endfor %}", "{{ m.content }}", "{% if m.role == 'user' %}", "{% endif %}",
+    "{{ messages }}", "{% for m in messages %}", "{% endfor %}", "{{ m.content }}", "{% if m.role == 'user' %}",
+    "{% endif %}",
     "{{ m.content * 10**12 }}", "{{ 10**10**10 }}", "{% for i in range(10**5) %}", "{% macro f() %}", "{% endmacro %}",
     "{{ f() }}", "{% set x = x ~ x %}", "{% set x = 'ab' %}", "{{ x|center(10**9) }}", "{{ ''.__class__.__mro__ }}",
     "{{ cycler }}", "{{ 'a'.ljust(10**9) }}", "{% set ns = namespace(a='aa') %}", "{% set ns.a = ns.a + ns.a %}",
@@ -196,7 +197,8 @@ ENDLESS = {
     "power": "{{ 9 ** 9 ** 9 ** 9 }}",
     "doubling": "{% set ns = namespace(s='aa') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
     "adding": "{% set ns = namespace(s='aa') %}{% for i in range(99) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
-    "block": "{% set ns = namespace(s='aa') %}{% for i in range(99) %}{% set ns.s %}{{ ns.s }}{{ ns.s }}{% endset %}{% endfor %}",
+    "block": "{% set ns = namespace(s='aa') %}{% for i in range(99) %}{% set ns.s %}{{ ns.s }}{{ ns.s }}{% endset %}"
+    "{% endfor %}",
     "width": "{{ 'a'.ljust(10**12) }}",
     "join": "{{ ('a' * 10**6).join(['b'] * 10**6) }}",
     "replace": "{{ ('a' * 10**6).replace('a', 'b' * 10**6) }}",
@@ -205,7 +207,7 @@ ENDLESS = {
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_endless_templates(name: str) -> None:
-    with pytest.raises(ConfigError, match="more than|too large|is unsafe|endless recursion") as refused:
+    with pytest.raises(ConfigError, match=r"more than|too large|is unsafe|endless recursion") as refused:
         ChatTemplate(ENDLESS[name]).render(messages=MESSAGES)
     assert "\n" not in str(refused.value)
 
@@ -213,7 +215,8 @@ def test_endless_templates(name: str) -> None:
 def test_templates_still_do_what_they_need() -> None:
     text = (
         "{% set x = 'a' ~ 'b' %}{{ x ~ 'c' }}{{ ['1', '2']|join('-') }}{{ '+'.join(['1', '2']) }}"
-        "{{ 'abc'.replace('b', 'x') }}{% set y %}k{% endset %}{{ y }}{{ 'abc'|replace('a', 'b') }}{{ 7 % 4 }}{{ 2 ** 3 }}"
+        "{{ 'abc'.replace('b', 'x') }}{% set y %}k{% endset %}{{ y }}{{ 'abc'|replace('a', 'b') }}"
+        "{{ 7 % 4 }}{{ 2 ** 3 }}"
         "{% for m in messages %}{{ loop.index }}{{ m['content']|trim }}{% if not loop.last %},{% endif %}{% endfor %}"
     )
     assert ChatTemplate(text).render(messages=MESSAGES) == "abc1-21+2axckbbc381hi,2ho"

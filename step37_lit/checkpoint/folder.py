@@ -76,10 +76,11 @@ def staging(target: Path) -> Iterator[Path]:
         raise
 
 
-def write_error(error: OSError, target: Path) -> ConfigError:
-    """What a failed write is for the user."""
+def write_error(error: OSError, target: Path, num_bytes: int | None = None) -> ConfigError:
+    """What a failed write is for the user; `num_bytes` is what the whole checkpoint needs on this rank."""
     file = error.filename if error.filename is not None else target
-    return ConfigError("checkpoint", "a file that can be written", error.strerror or str(error), file)
+    needed = "" if num_bytes is None else f" (a checkpoint needs {num_bytes} bytes here)"
+    return ConfigError("checkpoint", f"a file that can be written{needed}", error.strerror or str(error), file)
 
 
 def commit(

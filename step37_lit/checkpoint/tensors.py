@@ -6,6 +6,7 @@ reading: DCP reads the overlaps.
 
 from __future__ import annotations
 
+import errno
 import math
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -194,22 +195,23 @@ class _Writer(FileSystemWriter):
             try:
                 results += self._write_data(planner, files).value()
             except (OSError, RuntimeError) as error:
-                cause = _failed_write(error)
-                if cause is None:
-                    raise
-                cause.filename = str(self.folder / name)  # which a failed write does not know
-                raise cause from None
+                raise _write_error(error, self.folder / name) from error
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
 
 
-def _failed_write(error: BaseException) -> OSError | None:
-    """The OSError behind an error: torch.save ends with a RuntimeError of its own where a write has failed."""
-    found: BaseException | None = error
-    while found is not None and not isinstance(found, OSError):
-        found = found.__cause__ or found.__context__
-    return found
+def _write_error(error: BaseException, file: Path) -> OSError:
+    """The system's error with the file's name, which neither a failed write nor torch's archive writer tells.
+
+    torch gives up with "unexpected pos" when less was written than it asked for; the reason stands behind it.
+    """
+    reason: BaseException | None = error
+    while reason is not None and not isinstance(reason, OSError):
+        reason = reason.__cause__ or reason.__context__
+    if reason is None:
+        return OSError(errno.EIO, str(error).splitlines()[0], str(file))
+    return OSError(reason.errno, reason.strerror, str(file))
 
 
 def _by_size(items: Sequence[WriteItem], limit: int) -> Iterator[list[WriteItem]]:

@@ -112,12 +112,13 @@ def stored_dtype(row: Row, folder: SafetensorsFolder) -> torch.dtype:
 
 
 def hub_processor(hub: Path, config: Step37Config) -> Step37Processor | None:
-    """Made of the folder's tokenizer and chat template; None where it has no tokenizer."""
+    """Made of the folder's tokenizer and chat template, with local patches as the published model; None where it has no
+    tokenizer."""
     if not (hub / TOKENIZER_FILE).is_file():
         return None
     template = hub / TEMPLATE_FILE
     text = read_text(template) if template.is_file() else None
-    return Step37Processor(Step37Tokenizer.from_file(hub / TOKENIZER_FILE), config, text)
+    return Step37Processor(Step37Tokenizer.from_file(hub / TOKENIZER_FILE), config, text, multicrop=True)
 
 
 def _lazy(row: Row, dtype: torch.dtype, folder: SafetensorsFolder, advance: Advance) -> Sharded:

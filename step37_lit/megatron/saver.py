@@ -46,6 +46,12 @@ class Job:
     described: Mapping[str, Any]
     points: bool
 
+    @property
+    def num_bytes(self) -> int:
+        """Of this rank."""
+        parts = (part for tensors in self.tensors.values() for tensor in tensors.values() for part in tensor.parts)
+        return sum(part.num_bytes for part in parts) + sum(map(len, self.files.values()))
+
 
 class CheckpointSaver:
     """Saves one checkpoint at a time; every method must be called by all ranks."""
@@ -115,7 +121,8 @@ class CheckpointSaver:
         except Exception as error:
             if first:
                 folder.abandon(job.target)
-            self._error = folder.write_error(error, job.target) if isinstance(error, OSError) else error
+            failed = folder.write_error(error, job.target, job.num_bytes) if isinstance(error, OSError) else error
+            self._error = failed
 
     def _together(self, action: Callable[[], Any]) -> list[Any]:
         """What `action` gives on each rank; the first error of any rank is raised on all."""
@@ -134,8 +141,7 @@ class CheckpointSaver:
         return [value for value, _ in outcomes]
 
     def _check_space(self, job: Job) -> None:
-        needed = sum(part.num_bytes for tensors in job.tensors.values() for t in tensors.values() for part in t.parts)
-        totals = self._together(lambda: needed + sum(map(len, job.files.values())))
+        totals = self._together(lambda: job.num_bytes)
 
         def check() -> None:
             if _rank() == 0:
