@@ -12,6 +12,7 @@ What happens in one global step, in Lightning's order:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,6 +27,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -36,7 +38,7 @@ from torch.optim import Optimizer
 
 from step37_lit.batch import PackedBatch
 from step37_lit.config import ConfigError, Step37Config, require
-from step37_lit.megatron import data_parallel, pack_exchange, process, random_state, schedule
+from step37_lit.megatron import data_parallel, launch, pack_exchange, process, random_state, schedule
 from step37_lit.megatron.chunks import chunks_of, whole_names
 from step37_lit.megatron.layout import ParallelLayout
 from step37_lit.megatron.lightning_plugins import MegatronPrecision, StagedCheckpointIO
@@ -77,6 +79,7 @@ class MegatronStrategy(DDPStrategy):
         overlap_data_parallel: Reduce gradients during the backward pass and gather weights during the next forward
             pass. Every pack needs a picture then, and no part may freeze in the course of the run.
         seed: Of megatron's random-number generators.
+        launch_timeout: Seconds within which all ranks must be there, with the same recipe and code.
         cpu_threads: Threads of this process's operations on the CPU; None leaves torch's choice, one a core. Loader
             processes need cores too.
 
@@ -97,6 +100,7 @@ class MegatronStrategy(DDPStrategy):
         recompute_vision: bool = False,
         overlap_data_parallel: bool = False,
         seed: int = 0,
+        launch_timeout: float = 300.0,
         cpu_threads: int | None = None,
         accelerator: Any = None,
         parallel_devices: list[torch.device] | None = None,
@@ -111,7 +115,10 @@ class MegatronStrategy(DDPStrategy):
         require(
             cpu_threads is None or cpu_threads > 0, "strategy.cpu_threads", "null or a positive number", cpu_threads
         )
-        self.seed, self.cpu_threads = seed, cpu_threads
+        require(launch_timeout > 0, "strategy.launch_timeout", "a positive number of seconds", launch_timeout)
+        self.seed, self.launch_timeout, self.cpu_threads = seed, launch_timeout, cpu_threads
+        # Set by the command line: all fields of the recipe, which must be the same on all ranks.
+        self.recipe: Mapping[str, Any] = {}
         # Set by a signal handler on any rank: all ranks learn of it with the next step and end together.
         self.stop_requested = False
         # Set by a freezing schedule before `setup`: the part of the model that a parameter freezes and trains with, by
@@ -222,6 +229,7 @@ class MegatronStrategy(DDPStrategy):
         Raises:
             ConfigError: names the Trainer's or the strategy's field.
         """
+        self._check_world_size()
         self.layout.validate(config, self.num_nodes * self.num_processes)
         self.recompute.validate(max(self.layout.layers_of_pieces(config.text.num_layers)))
         accumulate = trainer.accumulate_grad_batches
@@ -235,6 +243,15 @@ class MegatronStrategy(DDPStrategy):
             require(not wraps, "trainer.use_distributed_sampler", advice, wraps)
         if fitting:
             self._check_callbacks(trainer)
+
+    def _check_world_size(self) -> None:
+        """Launchers that start the ranks themselves have a number of their own."""
+        environment = self.cluster_environment
+        if isinstance(environment, TorchElasticEnvironment | SLURMEnvironment):
+            started, asked = environment.world_size(), self.num_nodes * self.num_processes
+            found = f"{self.num_processes} x {self.num_nodes}"
+            field, advice = "trainer.devices x num_nodes", f"the {started} processes that were started"
+            require(started == asked, field, advice, found)
 
     def _check_callbacks(self, trainer: pl.Trainer) -> None:
         is_split = self.layout.model_parallel_size > 1 or self.layout.expert > 1
@@ -260,10 +277,19 @@ class MegatronStrategy(DDPStrategy):
         if self.cpu_threads is not None:
             torch.set_num_threads(self.cpu_threads)
         if self.num_nodes * self.num_processes > 1:
+            store = None if dist.is_initialized() else self._agree()
             super().setup_distributed()
+            del store  # rank 0 had its server
         else:
             self.set_world_ranks()
         process.initialize(self.layout, self.seed)
+
+    def _agree(self) -> dist.Store:
+        self.set_world_ranks()
+        environment, module = self.cluster_environment, self.lightning_module
+        own = launch.fingerprint(recipe=self.recipe, model=asdict(module.config), layout=asdict(self.layout))
+        ranks = environment.global_rank(), self.num_nodes * self.num_processes
+        return launch.agree(environment.main_address, environment.main_port, *ranks, own, self.launch_timeout)
 
     def setup(self, trainer: pl.Trainer) -> None:
         self.accelerator.setup(trainer)
