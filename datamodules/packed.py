@@ -17,7 +17,7 @@ from datamodules.epoch_plan import Mixture, Planner, evaluation_plan, samples_pe
 from datamodules.packed_steps import PackedEpochs, PackedSteps
 from datamodules.packing import WINDOW
 from datamodules.shard_sets import Reading, ShardSet, Split, TooLong, set_names
-from datamodules.steps import EVERYTHING, DataShare, EvaluationLoader, StepLoader, check_ranks
+from datamodules.steps import EVERYTHING, DataShare, EvaluationLoader, StepLoader, check_ranks, first_epoch
 from step37_lit.config import Step37Config, require
 from step37_lit.images import DEFAULT_MAX_PIXELS
 from step37_lit.processor import DEFAULT_PROMPT, Step37Processor
@@ -212,9 +212,8 @@ class PackedDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> StepLoader:
         share = DataShare.of(self.trainer)
-        epoch = 0 if self.trainer is None else self.trainer.current_epoch
         source = PackedEpochs(self.planner, self.sets("train"), share)
-        return StepLoader(source, self.num_workers, self.prefetch, epoch, self._ledger(share))
+        return StepLoader(source, self.num_workers, self.prefetch, first_epoch(self.trainer), self._ledger(share))
 
     def val_dataloader(self) -> list[EvaluationLoader]:
         """Every text of every sample of the validation split once."""

@@ -26,6 +26,7 @@ from datamodules.steps import (
     StepLoader,
     check_ranks,
     check_same,
+    first_epoch,
 )
 from step37_lit.batch import PackedBatch, Sample
 from step37_lit.config import Step37Config, require
@@ -267,8 +268,7 @@ class ScenesDataModule(pl.LightningDataModule):
         return SceneEpochs(self.samples(split), *sizes, DataShare.of(self.trainer))
 
     def train_dataloader(self) -> StepLoader:
-        epoch = 0 if self.trainer is None else self.trainer.current_epoch
-        return StepLoader(self.epochs("train", self.num_steps), self.num_workers, epoch=epoch)
+        return StepLoader(self.epochs("train", self.num_steps), self.num_workers, epoch=first_epoch(self.trainer))
 
     def val_dataloader(self) -> list[EvaluationLoader]:
         """Unseen combinations first (`val/attribute_accuracy`), then new scenes of seen ones (`..._seen`); the same

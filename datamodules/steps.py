@@ -180,6 +180,13 @@ class EvaluationLoader:
             yield step.packs
 
 
+def first_epoch(trainer: pl.Trainer | None) -> int:
+    """The epoch that a new training loader begins with; Lightning's `overfit_batches` repeats the first one."""
+    if trainer is None or trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+        return 0
+    return trainer.current_epoch
+
+
 def check_same(saved: dict[str, Any], own: dict[str, Any]) -> None:
     """Raises `ConfigError` for the first field of `own` that a checkpoint has otherwise."""
     for name, value in own.items():

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError, set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
@@ -24,17 +25,18 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from step37_lit.commands import INTERRUPTED, USER_ERROR
-from step37_lit.config import ConfigError
+from step37_lit.commands import INTERRUPTED, REQUEUE, USER_ERROR
+from step37_lit.config import ConfigError, UserError
 from step37_lit.lit_module import Step37LitModule, megatron_strategy
+from step37_lit.megatron.launch import PROJECT_PACKAGES
 from step37_lit.planner.short import short_form
+from step37_lit.recipe import inherits, load_recipe
 from step37_lit.report import write_report
 from step37_lit.resume import Resume, ResumeMode, choose, compare, explicit
 from step37_lit.run_checkpoints import RunCheckpoints
 from step37_lit.run_log import ContinuingCSVLogger, figures
 
 LIGHTNING_LOGGERS = ("lightning.pytorch", "lightning.fabric")
-PROJECT_PACKAGES = ["step37_lit", "datamodules", "callbacks"]
 LIGHTNING_CLASSES = {
     "lightning.pytorch.callbacks": {
         "early_stopping": ["EarlyStopping"],
@@ -50,6 +52,7 @@ LIGHTNING_CLASSES = {
     "lightning.pytorch.loggers": {"csv_logs": ["CSVLogger"], "tensorboard": ["TensorBoardLogger"]},
     "lightning.pytorch.profilers": {"simple": ["SimpleProfiler"], "advanced": ["AdvancedProfiler"]},
 }
+CONFIG_OPTIONS = ("-c", "--config")
 TRAINER_DEFAULTS = {
     "strategy": {"class_path": "step37_lit.MegatronStrategy"},
     "devices": 1,
@@ -86,6 +89,7 @@ class Step37CLI(LightningCLI):
     """`fit`, `validate`, `test` and `predict` of a `Step37LitModule` on any data module of this project."""
 
     def __init__(self, args: list[str]):
+        self.stop_signal: int | None = None
         set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed_paths())
         quiet: dict[str, Any] = {"exit_on_error": False}
         super().__init__(
@@ -102,9 +106,6 @@ class Step37CLI(LightningCLI):
             load_from_checkpoint_support=False,
         )
 
-    def parse_arguments(self, parser: Any, args: Any) -> None:
-        self.config = parser.parse_args(args)
-
     def add_arguments_to_parser(self, parser: Any) -> None:
         # One seed for the weights, the order of the data and what is drawn while training.
         parser.link_arguments("seed_everything", "model.seed")
@@ -116,6 +117,9 @@ class Step37CLI(LightningCLI):
             help="of fit: auto goes on from the run's newest good checkpoint where it has one, must fails without, "
             "never begins at step 0 (--ckpt_path names one)",
         )
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        self.config = parser.parse_args(with_bases(args))
 
     def before_instantiate_classes(self) -> None:
         self._resume = self._choose_checkpoint()
@@ -159,6 +163,7 @@ class Step37CLI(LightningCLI):
         self.model.check(self.trainer, self.datamodule, fitting=self.subcommand == "fit")
         strategy = megatron_strategy(self.trainer)
         plain = json.loads(self.parser.dump(self.config, skip_none=False, format="json"))[self.subcommand]
+        plain.pop("config", None)  # paths, as this rank was given them
         strategy.recipe, strategy.fallbacks = plain, self._resume.fallbacks
         lines = list(self._resume.lines)
         if self._resume.path is not None:
@@ -173,15 +178,20 @@ class Step37CLI(LightningCLI):
         return super()._prepare_subcommand_kwargs(subcommand) | {"ckpt_path": None}
 
     def before_fit(self) -> None:
-        """Prints the plan. The first Ctrl-C ends training behind the current step on all ranks; the second at once."""
+        """Prints the plan. The first Ctrl-C ends training behind the current step on all ranks; the second at once.
+        SIGUSR1, with which SLURM tells that a job's time is nearly over, does what the first one does."""
         if self.trainer.is_global_zero:
             print(short_form(*self.model.planned(self.trainer)), flush=True)
 
         def stop(number: int, frame: FrameType | None) -> None:
             self.trainer.strategy.stop_requested = True
+            self.stop_signal = number
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        signal.signal(signal.SIGINT, stop)
+        # Lightning leaves SIGUSR1 to a handler that is there already; its own would save within the signal's handler,
+        # in the middle of a step.
+        for number in (signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, stop)
 
     def after_fit(self) -> None:
         if self.trainer.is_global_zero:
@@ -220,22 +230,41 @@ def run(args: list[str]) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0, 2 for a mistake of the user's (one line on stderr), 130 for Ctrl-C.
+        The exit code: 0, 2 for a mistake of the user's (one line on stderr), 130 for Ctrl-C, 75 for SIGUSR1.
     """
     for name in LIGHTNING_LOGGERS:  # which device was found is not news, and an error is one line
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         cli = Step37CLI(args)
-    except (ConfigError, MisconfigurationException, ArgumentError) as error:
+    except (UserError, MisconfigurationException, ArgumentError) as error:
         print(f"error: {one_line(error, args)}", file=sys.stderr)
         return USER_ERROR
-    return INTERRUPTED if cli.interrupted else 0
+    if not cli.interrupted:
+        return 0
+    return REQUEUE if cli.stop_signal == signal.SIGUSR1 else INTERRUPTED
+
+
+def with_bases(args: list[str]) -> list[str]:
+    """The arguments with the content of a recipe that has a base, merged with it, in place of the recipe's path."""
+
+    def resolved(value: str) -> str:
+        return yaml.safe_dump(load_recipe(value), sort_keys=False) if inherits(value) else value
+
+    given = list(args)
+    for i, (option, value) in enumerate(itertools.pairwise(args), start=1):
+        if option in CONFIG_OPTIONS:
+            given[i] = resolved(value)
+    for i, option in enumerate(args):
+        name, equals, value = option.partition("=")
+        if equals and name == "--config":
+            given[i] = f"--config={resolved(value)}"
+    return given
 
 
 def one_line(error: Exception, args: list[str]) -> str:
     """The error as one line that begins with the recipe's name, where one was given."""
     text = " ".join(str(error).split())
-    values = [value for option, value in itertools.pairwise(args) if option in ("-c", "--config")]
+    values = [value for option, value in itertools.pairwise(args) if option in CONFIG_OPTIONS]
     values += [option.partition("=")[2] for option in args if option.startswith("--config=")]
     recipes = ", ".join(values)
     return text if not recipes or any(value in text for value in values) else f"{recipes}: {text}"

@@ -20,6 +20,7 @@ COMMANDS = {
 }
 USER_ERROR = 2
 INTERRUPTED = 130
+REQUEUE = 75  # sysexits' EX_TEMPFAIL: start it again
 
 
 def run(name: str, args: list[str]) -> int:

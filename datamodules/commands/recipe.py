@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
-from step37_lit.config import ConfigError, require
+from step37_lit.config import ConfigError
+from step37_lit.recipe import load_recipe
 
 if TYPE_CHECKING:
     from datamodules.packed import PackedDataModule
@@ -21,13 +21,10 @@ def recipe_data(file: str) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such file, it is not YAML, or its data are not a `PackedDataModule`.
     """
-    import yaml  # type: ignore[import-untyped]
-
-    require(Path(file).is_file(), "--config", "a file", file)
+    content = load_recipe(file)
     try:
-        data = yaml.safe_load(Path(file).read_text(encoding="utf-8"))["data"]
-        class_path, init_args = data["class_path"], data["init_args"]
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        class_path, init_args = content["data"]["class_path"], content["data"]["init_args"]
+    except (KeyError, TypeError) as error:
         raise ConfigError("data", "class_path and init_args", " ".join(str(error).split()), file=file) from error
     if class_path != CLASS_PATH or not isinstance(init_args, dict):
         raise ConfigError("data.class_path", CLASS_PATH, class_path, file=file)

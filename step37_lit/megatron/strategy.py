@@ -12,6 +12,7 @@ What happens in one global step, in Lightning's order:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,6 +25,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -35,7 +37,7 @@ from torch.optim import Optimizer
 from step37_lit.batch import PackedBatch
 from step37_lit.checkpoint.manifest import VerifyMode
 from step37_lit.config import ConfigError, Step37Config, require
-from step37_lit.megatron import data_parallel, pack_exchange, process, schedule
+from step37_lit.megatron import data_parallel, launch, pack_exchange, process, schedule
 from step37_lit.megatron.checkpointing import CheckpointHooks
 from step37_lit.megatron.chunks import chunks_of, whole_names
 from step37_lit.megatron.layout import ParallelLayout
@@ -77,6 +79,7 @@ class MegatronStrategy(CheckpointHooks, DDPStrategy):
         overlap_data_parallel: Reduce gradients during the backward pass and gather weights during the next forward
             pass. Every pack needs a picture then, and no part may freeze in the course of the run.
         seed: Of megatron's random-number generators.
+        launch_timeout: Seconds within which all ranks must be there, with the same recipe and code.
         cpu_threads: Threads of this process's operations on the CPU; None leaves torch's choice, one a core. Loader
             processes need cores too.
         verify: What of a checkpoint is hashed before it is loaded: `full` everything; `sample` every small file and
@@ -99,6 +102,7 @@ class MegatronStrategy(CheckpointHooks, DDPStrategy):
         recompute_vision: bool = False,
         overlap_data_parallel: bool = False,
         seed: int = 0,
+        launch_timeout: float = 300.0,
         cpu_threads: int | None = None,
         verify: VerifyMode = "full",
         accelerator: Any = None,
@@ -114,7 +118,8 @@ class MegatronStrategy(CheckpointHooks, DDPStrategy):
         require(
             cpu_threads is None or cpu_threads > 0, "strategy.cpu_threads", "null or a positive number", cpu_threads
         )
-        self.seed, self.cpu_threads, self.verify = seed, cpu_threads, verify
+        require(launch_timeout > 0, "strategy.launch_timeout", "a positive number of seconds", launch_timeout)
+        self.seed, self.launch_timeout, self.cpu_threads, self.verify = seed, launch_timeout, cpu_threads, verify
         # Set by a signal handler on any rank: all ranks learn of it with the next step and end together.
         self.stop_requested = False
         # Set by a freezing schedule before `setup`: the part of the model that a parameter freezes and trains with, by
@@ -227,6 +232,7 @@ class MegatronStrategy(CheckpointHooks, DDPStrategy):
         Raises:
             ConfigError: names the Trainer's or the strategy's field.
         """
+        self._check_world_size()
         self.layout.validate(config, self.num_nodes * self.num_processes)
         self.recompute.validate(max(self.layout.layers_of_pieces(config.text.num_layers)))
         accumulate = trainer.accumulate_grad_batches
@@ -240,6 +246,15 @@ class MegatronStrategy(CheckpointHooks, DDPStrategy):
             require(not wraps, "trainer.use_distributed_sampler", advice, wraps)
         if fitting:
             self._check_callbacks(trainer)
+
+    def _check_world_size(self) -> None:
+        """Launchers that start the ranks themselves have a number of their own."""
+        environment = self.cluster_environment
+        if isinstance(environment, TorchElasticEnvironment | SLURMEnvironment):
+            started, asked = environment.world_size(), self.num_nodes * self.num_processes
+            found = f"{self.num_processes} x {self.num_nodes}"
+            field, advice = "trainer.devices x num_nodes", f"the {started} processes that were started"
+            require(started == asked, field, advice, found)
 
     def _check_callbacks(self, trainer: pl.Trainer) -> None:
         for callback in trainer.callbacks:
@@ -263,10 +278,19 @@ class MegatronStrategy(CheckpointHooks, DDPStrategy):
         if self.cpu_threads is not None:
             torch.set_num_threads(self.cpu_threads)
         if self.num_nodes * self.num_processes > 1:
+            store = None if dist.is_initialized() else self._agree()
             super().setup_distributed()
+            del store  # rank 0 had its server
         else:
             self.set_world_ranks()
         process.initialize(self.layout, self.seed)
+
+    def _agree(self) -> dist.Store:
+        self.set_world_ranks()
+        environment, module = self.cluster_environment, self.lightning_module
+        own = launch.fingerprint(recipe=self.recipe or {}, model=asdict(module.config), layout=asdict(self.layout))
+        ranks = environment.global_rank(), self.num_nodes * self.num_processes
+        return launch.agree(environment.main_address, environment.main_port, *ranks, own, self.launch_timeout)
 
     def setup(self, trainer: pl.Trainer) -> None:
         self.accelerator.setup(trainer)
