@@ -199,3 +199,22 @@ def test_ctrl_c_ends_behind_a_step_and_says_what_was_reached(tmp_path: Path) -> 
     text = output.read_text()
     assert code == 130, text
     assert "reached     step " in text and "Traceback" not in text
+    assert "resume      no checkpoint in runs/scenes_tiny/checkpoints: begins at step 0" in text
+    reached = int(text.partition("reached     step ")[2].partition(":")[0])
+
+    # The same command goes on behind the last step and says so; --resume must would not have begun anew.
+    more = ["--data.num_steps=100000", f"--trainer.max_steps={reached + 2}", "--resume=must"]
+    again = command("fit", f"--config={RECIPE}", *SHORT, *more, folder=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert f"resume      step {reached}, epoch 0: runs/scenes_tiny/checkpoints/step_{reached:06d}" in again.stdout
+    assert f"resume      changed: trainer.max_steps: 100000 -> {reached + 2}" in again.stdout
+    assert f"reached     step {reached + 2}: " in again.stdout
+    steps = [step for step, _ in rows(tmp_path / "runs" / "scenes_tiny" / "metrics.csv", "train/loss")]
+    assert steps == list(range(reached + 2))
+
+    # What would train something else is refused before anything is written.
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for option, named in (("--model.text.sliding_window=9", "sliding_window"), ("--data.seed=9", "data.seed")):
+        refused = command("fit", f"--config={RECIPE}", *SHORT, *more, option, folder=tmp_path)
+        assert refused.returncode == 2 and named in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
