@@ -91,7 +91,7 @@ class Generator:
         size = max(1, self.batch_size // rows_each)
         batches = [prompts[first : first + size] for first in range(0, len(prompts), size)]
         done: list[list[Completion]] = []
-        with inference_mode(self.model):
+        with inference_mode(self.model, rows=min(size, len(prompts)) * rows_each):
             while any_expert_rank(len(batches) > 0):
                 batch = batches.pop(0) if batches else []
                 done += self._finish(batch, settings)
