@@ -1,20 +1,22 @@
-"""Greedy decoding against `transformers`' `generate`: new tokens per second, prefill apart.
+"""Greedy decoding against `transformers`' `generate`: prefill, each further token, and both together.
 
-    python benchmarks/decode.py [--threads 2] [--batch 16] [--new-tokens 64] [--rounds 5] [--dense]
+    python benchmarks/decode.py [--threads 2] [--batch 16] [--new-tokens 64] [--rounds 5] [--width 320] [--dense]
 
-Both sides have the same weights of about 20M parameters, pictures and prompts of different lengths; the other side pads
-them on the left, as its `generate` needs. Both run in one process and take turns. The tokens must agree, so that a fast
-wrong answer cannot win.
+Both sides have the same weights (20M parameters at a width of 320), pictures and prompts of different lengths; the
+other side pads them on the left, as its `generate` needs. Both run in one process and take turns. Times are those of
+the processor, all threads together, which other load lengthens least; a step's is the median over the steps of a run.
+The tokens must agree, so that a fast wrong answer cannot win. Last come captions of different lengths, evenly spread up
+to the longest: a row that is done leaves our batch and is padded in the other, whose time is the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -29,17 +31,51 @@ from step37_lit.model.step37_model import Step37Model
 from step37_lit.model.vision_tower import normalise
 
 
-def our_tokens(model: Step37Model, prompts: list[Sample], count: int) -> torch.Tensor:
-    """int64 [batch, count], the most likely ones."""
-    with inference_mode(model):
+class Clock:
+    """When each token was there, in seconds of the processor; the first entry is the start."""
+
+    def __init__(self) -> None:
+        self.marks = [time.process_time()]
+
+    def __call__(self, ids: Any, scores: torch.Tensor) -> torch.Tensor:
+        self.marks.append(time.process_time())
+        return scores
+
+    @property
+    def first(self) -> float:
+        return self.marks[1] - self.marks[0]
+
+    @property
+    def step(self) -> float:
+        return statistics.median(after - before for before, after in itertools.pairwise(self.marks[1:]))
+
+    @property
+    def all(self) -> float:
+        return self.marks[-1] - self.marks[0]
+
+
+def our_tokens(
+    model: Step37Model, prompts: list[Sample], count: int, leaving: bool = False
+) -> tuple[torch.Tensor, Clock]:
+    """int64 [rows, count], the most likely ones; `leaving` rows are done one after another and are not in it."""
+    clock = Clock()
+    with inference_mode(model, rows=len(prompts)):
         decoder = RowDecoder(model, max(map(len, prompts)) + count)
-        tokens = [decoder.prefill(PackedBatch.from_samples(prompts)).argmax(-1)]
-        while len(tokens) < count:
-            tokens.append(decoder.step(tokens[-1]).argmax(-1))
-    return torch.stack(tokens, 1)
+        logits = decoder.prefill(PackedBatch.from_samples(prompts))
+        tokens: list[torch.Tensor] = []
+        while True:
+            tokens.append(clock(prompts, logits).argmax(-1))
+            if len(tokens) == count:
+                return torch.stack(tokens, 1), clock
+            stay = len(prompts) - len(prompts) * len(tokens) // count
+            if leaving and stay < len(logits):
+                decoder.select(torch.arange(stay))
+                tokens = [each[:stay] for each in tokens]
+            logits = decoder.step(tokens[-1])
 
 
-def their_tokens(model: Any, prompts: list[Sample], count: int) -> torch.Tensor:
+def their_tokens(model: Any, prompts: list[Sample], count: int) -> tuple[torch.Tensor, Clock]:
+    clock = Clock()
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -56,14 +92,9 @@ def their_tokens(model: Any, prompts: list[Sample], count: int) -> torch.Tensor:
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
+            logits_processor=[clock],
         )
-    return out[:, longest:]
-
-
-def seconds(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    return out[:, longest:], clock
 
 
 def main() -> None:
@@ -72,17 +103,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--width", type=int, default=320)
     parser.add_argument("--dense", action="store_true", help="no routed experts")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    reference = reference_model(options.dense).eval()
+    reference = reference_model(options.dense, options.width).eval()
     with tempfile.TemporaryDirectory() as folder:
         reference.save_pretrained(folder)
         samples = mixed_samples(Step37Config.from_hub(folder), options.batch)
         model = load_hub_model(folder)
     prompts = [replace(sample, loss_mask=torch.zeros(len(sample))) for sample in samples]
     count = options.new_tokens
-    ours, theirs = our_tokens(model, prompts, count), their_tokens(reference, prompts, count)
+    (ours, _), (theirs, _) = our_tokens(model, prompts, count), their_tokens(reference, prompts, count)
     equal = float((ours == theirs).float().mean())
     print(f"{options.batch} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, {count} new ones")
     print(f"tokens that agree: {equal:.1%}")
@@ -90,16 +122,17 @@ def main() -> None:
         raise SystemExit("the two sides do not compute the same")
     rounds = []
     for _ in range(options.rounds):
-        sides = [(our_tokens, model), (their_tokens, reference)]
-        rounds.append([[seconds(lambda f=f, m=m, n=n: f(m, prompts, n)) for n in (1, count)] for f, m in sides])
-    first = [tuple(side[0] for side in sides) for sides in rounds]
-    further = [tuple(side[1] - side[0] for side in sides) for sides in rounds]
-    for name, pairs in (("prefill and one token", first), ("each further token", further)):
-        ratios = sorted(their / our for our, their in pairs)
-        middle = statistics.median(ratios)
-        print(f"{name}: ratio {middle:.2f} (median of {len(ratios)}; {ratios[0]:.2f} to {ratios[-1]:.2f})")
-    speeds = [statistics.median(options.batch * (count - 1) / pair[side] for pair in further) for side in (0, 1)]
-    print(f"decoding: ours {speeds[0]:,.0f} tokens/s, theirs {speeds[1]:,.0f}")
+        our, their = our_tokens(model, prompts, count)[1], their_tokens(reference, prompts, count)[1]
+        rounds.append((our, their, our_tokens(model, prompts, count, leaving=True)[1]))
+    for name, ratios in (
+        ("prefill and one token", [their.first / our.first for our, their, _ in rounds]),
+        ("each further token", [their.step / our.step for our, their, _ in rounds]),
+        ("all", [their.all / our.all for our, their, _ in rounds]),
+        ("all, of different lengths", [their.all / leaving.all for _, their, leaving in rounds]),
+    ):
+        print(f"{name}: ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    ours_ms, theirs_ms = (1e3 * statistics.median(sides[side].step for sides in rounds) for side in (0, 1))
+    print(f"a step: ours {ours_ms:.1f} ms, theirs {theirs_ms:.1f} ms")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import Tensor
 from step37_lit.batch import PackedBatch, Sample
 from step37_lit.beam_search import BeamSearch
 from step37_lit.config import require
-from step37_lit.megatron.chunks import ModelChunks
+from step37_lit.megatron.chunks import ModelChunks, chunks_of
 from step37_lit.megatron.inference import RowDecoder, any_expert_rank, idle, inference_mode
 from step37_lit.model.step37_model import Step37Model
 from step37_lit.sampling import GenerationSettings, choose, draws, restricted
@@ -67,7 +67,7 @@ class Generator:
     def __init__(self, model: Step37Model | ModelChunks, tokenizer: Step37Tokenizer, batch_size: int = 16):
         require(batch_size > 0, "batch_size", "a positive number", batch_size)
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        self.config = model.config.step37
+        self.config = chunks_of(model)[0].step37
         self.end_tokens = self.config.tokens.eos
         self._device = next(model.parameters()).device
 
@@ -93,7 +93,7 @@ class Generator:
         size = max(1, self.batch_size // rows_each)
         batches = [prompts[first : first + size] for first in range(0, len(prompts), size)]
         done: list[list[Completion]] = []
-        with inference_mode(self.model):
+        with inference_mode(self.model, rows=min(size, len(prompts)) * rows_each):
             while any_expert_rank(len(batches) > 0):
                 batch = batches.pop(0) if batches else []
                 done += self._finish(batch, settings)

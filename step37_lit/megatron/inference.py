@@ -19,7 +19,7 @@ from torch import Tensor
 from step37_lit.batch import ImageForInsert, PackedBatch
 from step37_lit.config import require
 from step37_lit.megatron.chunks import ModelChunks, chunks_of
-from step37_lit.megatron.matmul import grouped_matmul_of, matmul_of
+from step37_lit.megatron.matmul import PACKED_ROWS, grouped_matmul_of, matmul_of
 from step37_lit.model.experts import GroupedExperts
 from step37_lit.model.kv_cache import KVCache
 from step37_lit.model.step37_model import Step37Model
@@ -28,25 +28,30 @@ _OF_CLASS = object()  # in place of an attribute that only the class has
 
 
 @contextmanager
-def inference_mode(model: Step37Model | ModelChunks) -> Iterator[None]:
+def inference_mode(model: Step37Model | ModelChunks, rows: int = 1) -> Iterator[None]:
     """Evaluation without gradients, and without sequence parallelism: a step has as many tokens as there are rows.
 
-    The layers stay the model's; what changes is how their matrices are multiplied (`matmul_of`). The weights must not
-    change inside.
+    The layers stay the model's; what changes is how their matrices are multiplied.
+
+    Args:
+        model: This rank's part; its weights must not change inside.
+        rows: That a step of decoding has at most. From `PACKED_ROWS` on a CPU lays a second copy of the decoder's fp32
+            matrices out for its kernels.
 
     Raises:
         ConfigError: context ranks share the rows: a step has one token of each.
     """
     advice = "1 to generate (context ranks cannot share one token)"
     require(model.config.context_parallel_size == 1, "strategy.context", advice, model.config.context_parallel_size)
+    packed = rows >= PACKED_ROWS
     # megatron's own switch asks for attributes of its GPT model. The linear layers and the configuration have the flag.
     changes: list[tuple[Any, str, Any]] = [(model.config, "sequence_parallel", False)]
     for part in model.modules():
         if isinstance(part, ColumnParallelLinear | RowParallelLinear):
-            changes += [(part, "sequence_parallel", False), (part, "_forward_impl", matmul_of(part.weight))]
+            changes += [(part, "sequence_parallel", False), (part, "_forward_impl", matmul_of(part.weight, packed))]
         if isinstance(part, ColumnParallelLinear):
             changes.append((part, "disable_grad_reduce", True))
-        if isinstance(part, GroupedExperts):
+        if isinstance(part, GroupedExperts) and packed:
             changes.append((part, "grouped_matmul", grouped_matmul_of(part.weight1, part.weight2)))
     training = model.training
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""x @ weight.T without gradients, with the weight laid out once for the kernels of the device.
+"""x @ weight.T: by groups of rows, and with a weight that was laid out once for the kernels of a CPU.
 
 n = rows, E = experts, I = inputs, O = outputs.
 """
@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ROWS = 16  # what the layout is made for; measured to be as good from 1 to 2,000 rows
+# Laying out costs as much as a few steps, and a single row is slower by it (benchmarks/LOG.md).
+PACKED_ROWS = 8
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
@@ -21,31 +22,33 @@ def grouped_matmul(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
     return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
 
 
-def matmul_of(weight: Tensor) -> Callable[..., Tensor]:
-    """Function of `input` [..., I] that gives [..., O], for a weight [O, I] that does not change any more.
+def matmul_of(weight: Tensor, packed: bool) -> Callable[..., Tensor]:
+    """Function of `input` [..., I] that gives [..., O] without gradients, as megatron's linear layers call it.
 
-    On a CPU oneDNN's blocked layout halves the time of few rows in fp32 (see benchmarks/LOG.md); it is a copy.
+    Args:
+        weight: [O, I]; the function may keep a copy.
+        packed: Lay the weight out in oneDNN's blocks where it is fp32 on a CPU.
     """
     weight = weight.detach()
-    if not _can_pack(weight):
-        return lambda input, **_: F.linear(input, weight)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+    if not (packed and _can_pack(weight)):
+        return lambda input, **unused: F.linear(input, weight)
+    blocks = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
 
     def multiply(input: Tensor, **unused: Any) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(input, packed, None, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(input, blocks, None, "none", [], "")
 
     return multiply
 
 
 def grouped_matmul_of(*weights: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """`grouped_matmul` for weights [E, O, I] that do not change any more."""
+    """`grouped_matmul` for these weights [E, O, I], packed where they can be."""
     if not all(_can_pack(weight) for weight in weights):
         return grouped_matmul
-    packed = {id(weight): [matmul_of(matrix) for matrix in weight] for weight in weights}
+    blocks = {id(weight): [matmul_of(matrix, packed=True) for matrix in weight] for weight in weights}
 
     def multiply(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-        parts = zip(packed[id(weight)], x.split(rows.tolist()), strict=True)
-        return torch.cat([x.new_empty(0, weight.shape[1]), *(of(part) for of, part in parts if len(part))])
+        parts = zip(blocks[id(weight)], x.split(rows.tolist()), strict=True)
+        return torch.cat([x.new_empty(0, weight.shape[1]), *(of(part) for of, part in parts if part.shape[0])])
 
     return multiply
 
