@@ -60,8 +60,8 @@ def test_the_rank_that_differs_is_named_on_all_ranks() -> None:
 
 
 def test_a_missing_rank_is_named() -> None:
-    ended = ranks({0: {}, 2: {}}, 4, 15)
-    expected = "launch: expected all 4 ranks within 15 s, nothing from ranks 1, 3\n"
+    ended = ranks({0: {}, 2: {}}, 4, 20)
+    expected = "launch: expected all 4 ranks within 20 s, nothing from ranks 1, 3\n"
     assert [(code, err) for code, _, err in ended] == [(2, expected)] * 2
 
 
@@ -111,21 +111,6 @@ def test_the_source_digest_is_of_names_and_contents(tmp_path: Path) -> None:
     with (copied / "callbacks" / "progress.py").open("a") as file:
         file.write("# changed\n")
     assert of_copy() != digest
-
-
-def torchrun(*arguments: str, processes: int = 2) -> list[str]:
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    return [*command, f"--master-port={free_port()}", *arguments]
-
-
-def test_another_number_of_processes_than_the_recipes(tmp_path: Path) -> None:
-    arguments = ["-m", "step37_lit", "fit", f"--config={RECIPE}", "--trainer.devices=4"]
-    ended = subprocess.run(torchrun(*arguments), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
-    assert ended.returncode != 0
-    advice = "trainer.devices x num_nodes: expected the 2 processes that were started, found '4 x 1'"
-    lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    assert lines and all(advice in line for line in lines), ended.stderr
-    assert not list(tmp_path.rglob("*.csv"))
 
 
 def test_two_configs_in_one_run_are_refused_within_the_time_out(tmp_path: Path) -> None:

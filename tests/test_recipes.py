@@ -6,7 +6,6 @@ import math
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -16,7 +15,8 @@ from step37_lit import cli
 from step37_lit.config import ConfigError
 from step37_lit.megatron import process
 from step37_lit.recipe import load_recipe, load_recipes, merge
-from tests import shard_sets
+from tests import tiny_recipes
+from tests.tiny_recipes import write
 
 ROOT = Path(__file__).parents[1]
 FLASH = sorted(set((ROOT / "recipes").glob("flash_*.yaml")) - {ROOT / "recipes" / "flash_base.yaml"})
@@ -50,17 +50,7 @@ def own_signals_and_groups() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("recipes") / "set"
-    shard_sets.write_shards(folder, range(24))
-    shard_sets.index(folder, shard_sets.tokenizer_file(folder))
-    return folder
-
-
-def write(folder: Path, name: str, text: str) -> Path:
-    path = folder / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
-    return path
+    return tiny_recipes.make_shards(tmp_path_factory.mktemp("recipes") / "set")
 
 
 # ---- inheritance ----
@@ -156,43 +146,33 @@ def test_layout_fits_model_packs_and_world(recipe: Path, tmp_path: Path) -> None
         layout.validate(checked.model.config, trainer.world_size + 1)
 
 
+STARTED = {
+    "torchrun": {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
+    "SLURM": {
+        "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0", "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "step37",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", STARTED)
+def test_another_number_of_processes_than_the_launchers(launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in STARTED[launcher].items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as raised:
+        CheckedCLI(["fit", f"--config={ROOT}/recipes/scenes_tiny.yaml", "--trainer.devices=4"])
+    found = "trainer.devices x num_nodes: expected the 2 processes that were started, found '4 x 1'"
+    assert str(raised.value) == found
+
+
 # ---- tiny runs ----
-
-
-def tiny(recipe: Path, folder: Path, shards: Path, strategy: dict[str, Any]) -> Path:
-    """A recipe's tiny form: the preset, two layers a stage, small packs and few steps in place of the recipe's."""
-    own = load_recipe(recipe)
-    text: dict[str, Any] = {}
-    if own["model"].get("text", {}).get("mtp"):
-        kinds = ["full_attention", *["sliding_attention"] * 5]
-        text = {"num_mtp_layers": 2, "mtp": True, "layer_types": kinds}
-        text |= {"swiglu_limits": [None] * 6, "swiglu_limits_shared": [None] * 6}
-    ranks = strategy.pop("ranks")
-    overlay = {
-        "model": {"preset": "tiny_moe", "text": text, "warmup_steps": 1, "lr": 1e-3},
-        "data": {
-            "init_args": {
-                "sets": str(shards), "preset": "tiny", "tokenizer": None, "max_length": 512, "microbatches": 4,
-                "val_share": 0.25, "multicrop": False, "num_workers": 0,
-            }
-        },
-        "trainer": {
-            "strategy": {"init_args": strategy | {"launch_timeout": 120, "cpu_threads": 1}},
-            "accelerator": "cpu", "devices": ranks, "num_nodes": 1, "precision": "32-true",
-            "default_root_dir": str(folder / "run"), "max_steps": 2, "val_check_interval": 1,
-        },
-    }  # fmt: skip
-    content = merge(own, overlay)
-    content["model"]["text"] = text or None  # the recipe's own fields are those of 45 layers
-    return write(folder, f"tiny_{recipe.stem}.yaml", yaml.safe_dump(content))
 
 
 @pytest.mark.parametrize("recipe", FLASH, ids=lambda path: path.stem)
 def test_tiny_run_of_each_recipe(
     recipe: Path, tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = {"pipeline": 1, "virtual_pipeline": None, "pipeline_layout": None, "expert": 1, "context": 1, "ranks": 1}
-    file = tiny(recipe, tmp_path, shards, whole)
+    file = tiny_recipes.tiny(recipe, tmp_path, shards)
     assert cli.run(["fit", "--config", str(file)]) == 0, capsys.readouterr().err
     assert "reached     step 2: train/loss" in capsys.readouterr().out
     assert (tmp_path / "run" / "metrics.csv").is_file()
@@ -202,20 +182,21 @@ def test_tiny_run_of_each_recipe(
 def test_debug_recipes_run(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [f"--config={recipe}", f"--trainer.default_root_dir={tmp_path}/run", "--data.num_workers=0"]
     if recipe.stem == "debug_profiler":
-        arguments += ["--trainer.max_steps=4", "--data.samples_per_pack=2", "--data.val_samples=2"]
+        arguments += [f"--trainer.profiler.dirpath={tmp_path}/run", "--trainer.max_steps=4"]
+        arguments += ["--data.samples_per_pack=2", "--data.val_samples=2"]
     if recipe.stem == "debug_overfit":
         arguments += ["--trainer.max_steps=30", "--data.samples_per_pack=4", "--data.val_samples=4"]
     assert cli.run(["fit", *arguments]) == 0, capsys.readouterr().err
-    printed = capsys.readouterr().out
     if recipe.stem == "debug_overfit":
         losses = [float(row.split(",")[column]) for row, column in loss_rows(tmp_path / "run" / "metrics.csv")]
         print(f"overfit: {losses[0]:.3f} -> {losses[-1]:.3f}")
         assert losses[-1] < 0.6 * losses[0]
         assert math.isfinite(losses[-1])
+    written = {path.name for path in (tmp_path / "run").rglob("*")}
     if recipe.stem == "debug_profiler":
-        assert "FIT Profiler Report" in printed
+        assert "run_training_batch" in (tmp_path / "run" / "fit-profile.txt").read_text()
     if recipe.stem == "debug_fast":
-        assert sorted(path.name for path in (tmp_path / "run").rglob("*")) == ["tokenizer.json"]
+        assert "tokenizer.json" in written and not {"metrics.csv", "checkpoints"} & written
 
 
 def loss_rows(path: Path) -> Iterator[tuple[str, int]]:
