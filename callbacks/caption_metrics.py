@@ -83,7 +83,7 @@ class CaptionMetrics(pl.Callback):
 
     def check(self, trainer: pl.Trainer, module: Any) -> None:
         """Raises `ConfigError` where captions cannot be generated while training."""
-        context = module.strategy.layout.context
+        context = trainer.strategy.layout.context
         require(context == 1, "strategy.context", "1 with CaptionMetrics (context ranks cannot generate)", context)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -133,7 +133,6 @@ def test_caption_metrics_are_refused(tmp_path: Path) -> None:
         **trainer_arguments(tmp_path, devices=2),
     )
     lit = Step37LitModule(**module_arguments())
-    lit.trainer = trainer
     with pytest.raises(ConfigError, match=r"strategy.context: expected 1 with CaptionMetrics .*found 2"):
         lit.check(trainer, None, fitting=True)
 
