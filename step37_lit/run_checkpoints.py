@@ -24,6 +24,8 @@ class RunCheckpoints(Checkpoint):
     or is stopped. Training goes on while it is written. Where a validation follows a step, the step's checkpoint waits
     for it, so that its result is part of it.
 
+    As with Lightning's own callback, a `fast_dev_run` writes none.
+
     Lightning's `ModelCheckpoint` works too: its `NAME.ckpt` is a folder then.
 
     Args:
@@ -88,7 +90,7 @@ class RunCheckpoints(Checkpoint):
     def _save(self, trainer: pl.Trainer, best: bool = False) -> None:
         step = trainer.global_step
         path = self._folder / f"step_{step:06d}"
-        if step == self._last_step and not best:
+        if trainer.fast_dev_run or (step == self._last_step and not best):
             return
         # What was complete before this save begins may go; the one that is being written is not counted yet.
         trainer.strategy.saver.wait()
