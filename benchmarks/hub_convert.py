@@ -44,7 +44,8 @@ def status(name):
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 before = status("VmRSS")
 kind, source, target, shard_size = sys.argv[1:]
-import_hub(source, target) if kind == "import" else export_hub(source, target, ExportOptions(shard_size=int(shard_size)))
+options = ExportOptions(shard_size=int(shard_size))
+import_hub(source, target) if kind == "import" else export_hub(source, target, options)
 print(status("VmHWM") - before)
 """
 
