@@ -1,6 +1,6 @@
 """Readers of files that others wrote, on changed and random content: a `ConfigError` of one line, or an answer.
 
-`STEP37_FUZZ_EXAMPLES` sets the number of examples of each reader (default 40; `make test-slow` runs 1,000).
+`STEP37_FUZZ_EXAMPLES` sets the number of examples of each reader (default 40).
 """
 
 from __future__ import annotations

@@ -49,7 +49,8 @@ class SafetensorsFolder:
 
     def _open_shards(self, index: Path, opening: ExitStack) -> None:
         weight_map = read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        named = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
+        if not weight_map or not named:
             raise ConfigError("weight_map", "an object of tensor names and file names", weight_map, index)
         present = {path.name for path in self.folder.iterdir()}
         for name in sorted(set(weight_map.values())):
