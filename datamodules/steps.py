@@ -182,8 +182,9 @@ class EvaluationLoader:
 
 def first_epoch(trainer: pl.Trainer | None) -> int:
     """The epoch that a new training loader begins with; Lightning's `overfit_batches` repeats the first one."""
-    repeats = trainer is None or trainer.overfit_batches > 0  # type: ignore[attr-defined]
-    return 0 if repeats else trainer.current_epoch
+    if trainer is None or trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+        return 0
+    return trainer.current_epoch
 
 
 def check_same(saved: dict[str, Any], own: dict[str, Any]) -> None:

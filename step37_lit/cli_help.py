@@ -18,7 +18,7 @@ subcommands:
   report     one page about a run: curves, stages, captions side by side (fit writes it at its end)
 
 often used:
-  --config recipes/scenes_tiny.yaml   a recipe; later files and options override earlier ones
+  --config recipes/scenes_tiny.yaml   a recipe, with its `base`; later files and options override earlier ones
   --ckpt_path FILE                    resume (fit) or evaluate (validate, test, predict) a checkpoint
   --trainer.max_steps N               optimizer steps
   --trainer.default_root_dir DIR      where every file of the run goes
