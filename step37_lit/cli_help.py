@@ -21,7 +21,7 @@ subcommands:
   plan       memory of each rank, operations, traffic, and the layouts that fit a number of GPUs
 
 often used:
-  --config recipes/scenes_tiny.yaml   a recipe; later files and options override earlier ones
+  --config recipes/scenes_tiny.yaml   a recipe, with its `base`; later files and options override earlier ones
   --resume must|auto|never            fit goes on from the run's newest good checkpoint (auto: where there is one)
   --ckpt_path FOLDER                  resume (fit) or evaluate (validate, test, predict) this checkpoint
   --trainer.max_steps N               optimizer steps
