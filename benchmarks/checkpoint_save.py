@@ -75,7 +75,7 @@ def main() -> None:
         rounds = Rounds(folder, options.steps, options.rounds)
         arguments = trainer_arguments(folder, max_steps=-1, max_epochs=10**6, limit_val_batches=0)
         trainer = pl.Trainer(strategy=MegatronStrategy(cpu_threads=1), callbacks=[rounds], **arguments)
-        trainer.fit(module, datamodule=TinyData(steps=10**6))
+        trainer.fit(module, datamodule=TinyData(steps=10**6, packs=1))
         quiet, beside = statistics.median(rounds.quiet), statistics.median(rounds.beside)
         per_save = statistics.median(rounds.copies) / max(1, len(rounds.beside) / len(rounds.saves))
         size = sum(path.stat().st_size for path in (folder / "saved").rglob("*") if path.is_file())

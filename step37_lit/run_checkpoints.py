@@ -56,7 +56,7 @@ class RunCheckpoints(Checkpoint):
         self._last_step = -1
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        self._folder = Path(trainer.default_root_dir).absolute() / CHECKPOINTS
+        self._folder = Path(trainer.default_root_dir) / CHECKPOINTS
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step

@@ -75,10 +75,10 @@ def hash_file(path: Path) -> FileEntry:
         return FileEntry(os.fstat(file.fileno()).st_size, digest)
 
 
-def hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
-    """`hash_file` of several, in threads (hashing holds no lock of the interpreter)."""
+def hash_files(folder: Path, names: Iterable[str], threads: int | None = None) -> dict[str, FileEntry]:
+    """`hash_file` of several, in threads (hashing holds no lock of the interpreter); None is one a core."""
     names = list(names)
-    with ThreadPoolExecutor(_threads()) as pool:
+    with ThreadPoolExecutor(_threads() if threads is None else threads) as pool:
         return dict(zip(names, pool.map(lambda name: hash_file(folder / name), names), strict=True))
 
 

@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from step37_lit.checkpoint.metadata import read_metadata
 from step37_lit.config import ConfigError
@@ -192,10 +193,15 @@ class _Writer(FileSystemWriter):
             name = f"{plan.storage_data.prefix}{number}.distcp"
             files: queue.Queue = queue.Queue()
             files.put((self.folder / name, name, items))
+            checked = get_crc32_options()
+            # torch sums up every tensor with the interpreter locked; the manifest has a better sum of every file.
+            set_crc32_options(False)
             try:
                 results += self._write_data(planner, files).value()
             except (OSError, RuntimeError) as error:
                 raise _write_error(error, self.folder / name) from error
+            finally:
+                set_crc32_options(checked)
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done

@@ -10,6 +10,8 @@ The threads agree on every stage, so a failure on one rank is a failure on all, 
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from step37_lit.checkpoint.manifest import FileEntry, files_below, hash_files
 from step37_lit.checkpoint.tensors import Part, Sharded, Tensors, write_tensors
 
 PATIENCE = timedelta(hours=12)  # of a rank with a quick disk for one with a slow disk
+NICENESS = 10  # of the thread
 LAST_CHANCE = 60.0  # seconds that a run which failed gives a save that is under way
 
 
@@ -112,6 +115,8 @@ class CheckpointSaver:
 
     def _run(self, job: Job) -> None:
         staged, first = folder.staged_path(job.target), _rank() == 0
+        if sys.platform == "linux":  # where a thread has a priority of its own: training goes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
             self._together(lambda: folder.start(job.target) if first else None)
             for name, tensors in job.tensors.items():
@@ -169,7 +174,7 @@ def _finish_files(staged: Path, files: Mapping[str, bytes]) -> dict[str, FileEnt
     names = files_below(staged)
     of_tensors = [name for name in names if Path(name).name.startswith(prefix)]
     common = [name for name in names if not Path(name).name.endswith(".distcp")] if first else []
-    return hash_files(staged, [*of_tensors, *common])
+    return hash_files(staged, [*of_tensors, *common], threads=1)  # the other cores are training's
 
 
 def _commit(job: Job, hashed: list[dict[str, FileEntry]]) -> None:
