@@ -15,9 +15,9 @@ def main() -> int:
         return 0 if sys.argv[1:] else 2
     from step37_lit.commands import COMMANDS, run
 
+    _quiet_known_warnings()  # before the imports that give them
     if sys.argv[1] in COMMANDS:
         return run(sys.argv[1], sys.argv[2:])
-    _quiet_known_warnings()  # before the imports that give them
     from step37_lit import cli
 
     return cli.run(sys.argv[1:])

@@ -27,6 +27,7 @@ from step37_lit.commands import INTERRUPTED, REQUEUE, USER_ERROR
 from step37_lit.config import ConfigError, UserError
 from step37_lit.lit_module import Step37LitModule
 from step37_lit.megatron.launch import PROJECT_PACKAGES
+from step37_lit.planner.short import short_form
 from step37_lit.recipe import inherits, load_recipe
 from step37_lit.report import write_report
 from step37_lit.run_log import ContinuingCSVLogger, figures
@@ -149,8 +150,10 @@ class Step37CLI(LightningCLI):
         self.model.check(self.trainer, self.datamodule, fitting=self.subcommand == "fit")
 
     def before_fit(self) -> None:
-        """The first Ctrl-C ends training behind the current step on all ranks; the second one at once. SIGUSR1, with
-        which SLURM tells that a job's time is nearly over, does what the first one does."""
+        """Prints the plan. The first Ctrl-C ends training behind the current step on all ranks; the second one at once.
+        SIGUSR1, with which SLURM tells that a job's time is nearly over, does what the first one does."""
+        if self.trainer.is_global_zero:
+            print(short_form(*self.model.planned(self.trainer)), flush=True)
 
         def stop(number: int, frame: FrameType | None) -> None:
             self.trainer.strategy.stop_requested = True

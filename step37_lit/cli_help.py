@@ -2,7 +2,7 @@
 
 HELP = """\
 usage: python -m step37_lit {fit,validate,test,predict} --config RECIPE [--section.field VALUE ...]
-       python -m step37_lit {shard,index,caption,report} ...
+       python -m step37_lit {shard,index,caption,report,plan} ...
 
 Step-3.7, a vision-language model, on megatron-core in PyTorch Lightning.
 
@@ -16,6 +16,7 @@ subcommands:
   shard --inspect SHARDS --config RECIPE   a page about shards and the packs that are made of them
   caption    captions of pictures by a run, a checkpoint or a hub folder
   report     one page about a run: curves, stages, captions side by side (fit writes it at its end)
+  plan       memory of each rank, operations, traffic, and the layouts that fit a number of GPUs
 
 often used:
   --config recipes/scenes_tiny.yaml   a recipe, with its `base`; later files and options override earlier ones

@@ -14,6 +14,7 @@ COMMANDS = {
     "index": "datamodules.commands.index",
     "caption": "step37_lit.caption_command",
     "report": "step37_lit.report_command",
+    "plan": "step37_lit.planner.command",
 }
 USER_ERROR = 2
 INTERRUPTED = 130

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.accelerators import CUDAAccelerator
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -23,6 +24,9 @@ from step37_lit.megatron.layout import ParallelLayout
 from step37_lit.megatron.optimizer import AdamWSettings, check_patterns
 from step37_lit.megatron.schedule import StepResult
 from step37_lit.megatron.strategy import MegatronStrategy
+from step37_lit.planner.layout import PlannedLayout
+from step37_lit.planner.short import refuse_too_large
+from step37_lit.planner.weights import DType, Part
 from step37_lit.throughput import StepTimer, measure_gemm_peak
 
 
@@ -151,6 +155,8 @@ class Step37LitModule(pl.LightningModule):
         strategy = megatron_strategy(trainer)
         strategy.check(self.config, trainer, fitting)
         if fitting:
+            if isinstance(trainer.accelerator, CUDAAccelerator):
+                refuse_too_large(*self.planned(trainer), torch.cuda.get_device_properties(0).total_memory)
             self._lr_factor(trainer.max_steps)
             for callback in trainer.callbacks:
                 if hasattr(callback, "check"):
@@ -177,6 +183,14 @@ class Step37LitModule(pl.LightningModule):
                 f"at most {own.text.vocab_size} (model.text.vocab_size)",
                 theirs.text.vocab_size,
             )
+
+    def planned(self, trainer: pl.Trainer) -> tuple[Step37Config, PlannedLayout, DType, frozenset[Part]]:
+        """What the planner needs to know of a run."""
+        strategy = megatron_strategy(trainer)
+        layout = PlannedLayout.of(strategy.layout, trainer.world_size)
+        parts: tuple[Part, ...] = ("language", "vision", "projection")
+        frozen = frozenset(part for part, is_frozen in zip(parts, self.frozen, strict=True) if is_frozen)
+        return self.config, layout, "bf16" if strategy.dtype == torch.bfloat16 else "fp32", frozen
 
     # ---- training ----
 

@@ -56,6 +56,8 @@ def test_fit_then_resume_then_validate(tmp_path: Path) -> None:
     where = f"--trainer.default_root_dir={run}"
     done = command("fit", f"--config={RECIPE}", *SHORT, where, folder=tmp_path)
     assert done.returncode == 0, done.stderr
+    plan = [line for line in done.stdout.splitlines() if line.startswith(("layout ", "parameters ", "operations "))]
+    assert len(plan) == 3 and plan[0].startswith("layout      one rank") and "924,872" in plan[1]
     lines = done.stdout.strip().splitlines()[-4:]
     assert lines[0].startswith("reached     step 4: train/loss")
     assert lines[1] == f"checkpoint  {run}/checkpoints/last.ckpt"
