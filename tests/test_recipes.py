@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from datamodules.commands.recipe import recipe_data
-from step37_lit import cli
+from step37_lit import cli, commands
 from step37_lit.config import ConfigError
 from step37_lit.megatron import process
 from step37_lit.recipe import load_recipe, load_recipes, merge
@@ -146,6 +146,17 @@ def test_layout_fits_model_packs_and_world(recipe: Path, tmp_path: Path) -> None
         layout.validate(checked.model.config, trainer.world_size + 1)
 
 
+@pytest.mark.parametrize("recipe", FLASH, ids=lambda path: path.stem)
+def test_plan_says_that_it_fits(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On H100s of 80 GB; long packs with 8 pictures, the others with one for each 1,024 tokens."""
+    options = PICTURES.get(recipe.stem, [])
+    assert commands.run("plan", ["--config", str(recipe), *options]) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert f"on {RANKS[recipe.stem]} ranks" in printed
+    assert "! does not fit" not in printed, printed
+
+
+PICTURES = {"flash_long_context_cp": ["--sequence-length", "16384", "--images", "8"]}
 STARTED = {
     "torchrun": {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
     "SLURM": {

@@ -54,14 +54,18 @@ def parser() -> ArgumentParser:
         add(f"--{name.replace('_', '-')}", type=PositiveInt, help="of the layout in place of the recipe's")
     add("--sequence-parallel", type=bool, help="of the layout in place of the recipe's")
     add("--stage-layers", type=str, help="layers of each chunk, with commas, or memory or time for a balanced split")
-    add("--recompute", type=str, default="none", help="none, selective or full")
-    add("--vision-recompute", type=bool, default=False, help="recompute the vision tower's blocks")
+    add("--recompute", type=str, help="none, selective or full (default: the recipe's)")
+    add("--vision-recompute", type=bool, help="recompute the vision tower's blocks (default: the recipe's)")
     add("--dtype", type=str, help="bf16 or fp32 (default: the recipe's precision)")
     add("--tokens", type=PositiveInt, help="of a pack (default: data.max_length, or 4096)")
     add("--sequence-length", type=PositiveInt, help="mean tokens of a sample (default: 1024, at most a pack)")
     add("--images", type=int, help="global views of a pack (default: one a sample)")
     add("--learnt-share", type=float, default=1.0, help="share of the tokens that have a loss")
-    add("--global-batch", type=PositiveInt, help="packs of a step (default: data.microbatches a rank; search: 4 a GPU)")
+    add(
+        "--global-batch",
+        type=PositiveInt,
+        help="packs of a step (default: data.microbatches; with --gpus one a rank, search: 4 a GPU)",
+    )
     add("--top", type=PositiveInt, default=10, help="layouts that are listed")
     add("--extrapolate", type=str, default="", help="numbers of GPUs, with commas, at as many packs a GPU")
     add("--json", action="store_true", help="print JSON in place of tables")
@@ -118,15 +122,15 @@ def _training(options: Namespace, recipe: Recipe) -> Training:
 
     dtype = options.dtype or recipe.dtype
     require(dtype in ITEM_BYTES, "--dtype", " or ".join(ITEM_BYTES), dtype)
-    require(options.recompute in RECOMPUTED, "--recompute", " or ".join(RECOMPUTED), options.recompute)
+    recompute: Any = options.recompute or recipe.recompute
+    require(recompute in RECOMPUTED, "--recompute", " or ".join(RECOMPUTED), recompute)
+    vision = recipe.vision_recompute if options.vision_recompute is None else options.vision_recompute
     require(0 < options.learnt_share <= 1, "--learnt-share", "in (0, 1]", options.learnt_share)
     tokens = options.tokens or recipe.pack_tokens or 4096
     mean = options.sequence_length or min(1024, tokens)
     images = round(tokens / mean) if options.images is None else options.images
     pack = Pack.uniform(recipe.config, tokens, mean, images, options.learnt_share)
-    return Training(
-        pack, dtype=dtype, recompute=options.recompute, vision_recompute=options.vision_recompute, frozen=recipe.frozen
-    )
+    return Training(pack, dtype=dtype, recompute=recompute, vision_recompute=vision, frozen=recipe.frozen)
 
 
 def _layout(options: Namespace, recipe: Recipe, training: Training) -> Any:
@@ -137,6 +141,8 @@ def _layout(options: Namespace, recipe: Recipe, training: Training) -> Any:
     split = options.stage_layers
     if split not in (None, "memory", "time"):
         layout = dataclasses.replace(layout, stage_layers=tuple(_numbers("--stage-layers", split)))
+    elif split is None and layout.chunks == len(recipe.layout.stage_layers):
+        pass  # the recipe's own
     elif split is not None or recipe.config.text.num_layers % layout.chunks:
         layout.validate_sizes(recipe.config)
         counts = balanced_split(recipe.config, layout, training, split or "memory")
@@ -146,11 +152,14 @@ def _layout(options: Namespace, recipe: Recipe, training: Training) -> Any:
 
 
 def _with_microbatches(options: Namespace, recipe: Recipe, training: Training, data_ranks: int) -> Training:
-    if options.global_batch is None:
-        return dataclasses.replace(training, microbatches=recipe.microbatches or 1)
-    expected = f"a multiple of the {data_ranks} data-parallel ranks"
-    require(options.global_batch % data_ranks == 0, "--global-batch", expected, options.global_batch)
-    return dataclasses.replace(training, microbatches=options.global_batch // data_ranks)
+    packs = options.global_batch
+    if packs is None and options.gpus is None:
+        packs = recipe.microbatches
+    if packs is None:
+        return dataclasses.replace(training, microbatches=1)
+    field = "--global-batch" if options.global_batch is not None else "data.microbatches"
+    require(packs % data_ranks == 0, field, f"a multiple of the {data_ranks} data-parallel ranks", packs)
+    return dataclasses.replace(training, microbatches=packs // data_ranks)
 
 
 def _numbers(option: str, text: str) -> list[int]:

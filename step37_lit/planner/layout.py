@@ -51,6 +51,7 @@ class PlannedLayout:
             expert=layout.expert,
             context=layout.context,
             sequence_parallel=layout.sequence_parallel,
+            stage_layers=tuple(layout.pipeline_layout or ()),
         )
 
     @property

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from step37_lit.config import ConfigError, Step37Config, require
 from step37_lit.planner.layout import PlannedLayout
 from step37_lit.planner.weights import DType, Part
+from step37_lit.recipe import load_recipes
 
 FREEZING: dict[str, Part] = {
     "freeze_language_model": "language",
@@ -28,7 +28,9 @@ class Recipe:
         layout: The strategy's layout on the recipe's devices.
         dtype: Of the parameters.
         pack_tokens: `data.max_length`, or None where the data have none.
-        microbatches: `data.microbatches`, or None.
+        microbatches: `data.microbatches`, packs of a step over all ranks, or None.
+        recompute: The strategy's.
+        vision_recompute: The strategy's `recompute_vision`.
     """
 
     config: Step37Config
@@ -37,6 +39,8 @@ class Recipe:
     dtype: DType
     pack_tokens: int | None
     microbatches: int | None
+    recompute: str
+    vision_recompute: bool
 
 
 def read_recipe(files: list[str], ranks: int | None) -> Recipe:
@@ -49,15 +53,14 @@ def read_recipe(files: list[str], ranks: int | None) -> Recipe:
     Raises:
         ConfigError: a file is missing or no YAML mapping, there is no model, or a field has another type.
     """
-    content: dict[str, Any] = {}
-    for file in files:
-        content = _merged(content, _read(file))
+    content = load_recipes(files)
     name = ", ".join(files)
     model = _section(content, "model", name)
     trainer = content.get("trainer") or {}
     try:
         config = _config(model, name)
         layout = _layout(trainer, ranks)
+        arguments = _strategy(trainer)
     except (TypeError, AttributeError) as error:
         raise ConfigError("model, trainer", "fields of their types", " ".join(str(error).split()), name) from error
     data = ((content.get("data") or {}).get("init_args")) or {}
@@ -65,29 +68,9 @@ def read_recipe(files: list[str], ranks: int | None) -> Recipe:
     if precision not in PRECISIONS:
         raise ConfigError("trainer.precision", " or ".join(PRECISIONS), precision, name)
     frozen = frozenset(part for argument, part in FREEZING.items() if model.get(argument))
-    return Recipe(config, frozen, layout, PRECISIONS[precision], data.get("max_length"), data.get("microbatches"))
-
-
-def _read(file: str) -> dict[str, Any]:
-    import yaml  # type: ignore[import-untyped]
-
-    require(Path(file).is_file(), "--config", "a file", file)
-    try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError("recipe", "YAML", " ".join(str(error).split()), file) from error
-    if not isinstance(content, dict):
-        raise ConfigError("recipe", "a mapping with a model section", type(content).__name__, file)
-    return content
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    both = {key: _merged(base[key], over[key]) for key in base.keys() & over.keys() if _mappings(base[key], over[key])}
-    return base | over | both
-
-
-def _mappings(*values: Any) -> bool:
-    return all(isinstance(value, dict) for value in values)
+    packs = data.get("max_length"), data.get("microbatches")
+    recompute = arguments.get("recompute", "none"), bool(arguments.get("recompute_vision"))
+    return Recipe(config, frozen, layout, PRECISIONS[precision], *packs, *recompute)
 
 
 def _section(content: dict[str, Any], name: str, file: str) -> dict[str, Any]:
@@ -106,9 +89,13 @@ def _config(model: dict[str, Any], file: str) -> Step37Config:
     return with_overrides(base, **{part: model.get(part) for part in ("text", "vision", "tokens")})
 
 
-def _layout(trainer: dict[str, Any], ranks: int | None) -> PlannedLayout:
+def _strategy(trainer: dict[str, Any]) -> dict[str, Any]:
     strategy = trainer.get("strategy") or {}
-    arguments = (strategy.get("init_args") or {}) if isinstance(strategy, dict) else {}
+    return (strategy.get("init_args") or {}) if isinstance(strategy, dict) else {}
+
+
+def _layout(trainer: dict[str, Any], ranks: int | None) -> PlannedLayout:
+    arguments = _strategy(trainer)
     if ranks is None:
         devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
         require(isinstance(devices, int), "trainer.devices", "a number (or give --gpus)", devices)
@@ -116,4 +103,6 @@ def _layout(trainer: dict[str, Any], ranks: int | None) -> PlannedLayout:
     sizes: dict[str, Any] = {
         name: arguments.get(name) or 1 for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "context")
     }
-    return PlannedLayout(ranks=ranks, sequence_parallel=bool(arguments.get("sequence_parallel")), **sizes)
+    stages = tuple(arguments.get("pipeline_layout") or ())
+    shared = bool(arguments.get("sequence_parallel"))
+    return PlannedLayout(ranks=ranks, sequence_parallel=shared, stage_layers=stages, **sizes)
