@@ -254,8 +254,8 @@ def test_a_mistake_is_one_line(recipe: str, capsys: pytest.CaptureFixture, argum
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("trainer: {devices: 1}\n", "model: expected a section with preset or hub"),
-        ("model: {preset: tiny, hub: x}\n", "model.preset, model.hub: expected exactly one"),
+        ("trainer: {devices: 1}\n", "model: expected a section with preset or init_from"),
+        ("model: {text: {mtp: true}}\n", "model.preset, model.init_from: expected one of them"),
         ("model: {preset: tiny, text: {heads: 3}}\n", "model.text.heads: expected a field"),
         ("- 1\n", "recipe: expected a mapping"),
         ("model: {preset: tiny\n", "recipe: expected YAML"),

@@ -170,8 +170,10 @@ class ActivationTable:
             return
         for side, number in self.training.pack.images:
             features = number * vision.num_tokens(side)
+            yield Kept("vision", "projected features of the pack", features * self.config.text.hidden_size * item)
+        for side, number in self._own_images():
+            features = number * vision.num_tokens(side)
             yield Kept("vision", "input of align_projector", features * vision.output_dim * item)
-            yield Kept("vision", "projected features", features * self.config.text.hidden_size * item)
             if self._vision_frozen:
                 continue
             patches = number * (side // vision.patch_size) ** 2
@@ -284,10 +286,15 @@ class ActivationTable:
             width = max(text.rotary_dim(kind) for kind in ("full_attention", "sliding_attention")) // 2
             yield Kept("projection", "rotary table", 4 * self.tokens * width * FP32_BYTES)
 
+    def _own_images(self) -> list[tuple[int, int]]:
+        """Those that the busiest of the tensor and context ranks encodes, which share a pack's images."""
+        ranks = self.layout.tensor * self.layout.context
+        return [(side, -(-number // ranks)) for side, number in self.training.pack.images]
+
     def _vision_block(self) -> Iterator[Kept]:
-        """One block over all images of the pack; every tensor rank encodes them all."""
+        """One block over a rank's images."""
         vision, item = self.config.vision, self.item
-        patches = sum(number * (side // vision.patch_size) ** 2 for side, number in self.training.pack.images)
+        patches = sum(number * (side // vision.patch_size) ** 2 for side, number in self._own_images())
         size = patches * vision.width * item
         yield Kept("vision", "inputs of norms, matrices and gains", 7 * size)
         yield Kept("vision", "query and key", 2 * size)

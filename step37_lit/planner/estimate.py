@@ -98,12 +98,11 @@ def plan(
 
 
 def chunk_flops(config: Step37Config, layout: PlannedLayout, pack: Pack, chunk: int) -> Flops:
-    """Forward operations of a chunk for one pack, on all its ranks together (the vision tower, which every tensor and
-    context rank runs whole, counts as often)."""
+    """Forward operations of a chunk for one pack, on all its ranks together."""
     text = config.text
     beside = Flops()
     if chunk == 0:
-        beside += Flops(vision=vision_flops(config, pack.images) * layout.tensor * layout.context)
+        beside += Flops(vision=vision_flops(config, pack.images))
     if chunk == layout.chunks - 1:
         learnt = [pack.learnt] * text.num_built_mtp_layers
         beside += Flops(head=head_flops(text, pack.learnt), mtp=mtp_flops(text, pack.lengths, learnt))

@@ -136,8 +136,6 @@ class PlannedLayout:
         product = self.expert * self.expert_tensor
         expected = f"a divisor of the {stage_ranks} ranks of a pipeline stage"
         require(stage_ranks % product == 0, "expert x expert_tensor", expected, product)
-        if self.tensor > 1 and not self.sequence_parallel:
-            raise ConfigError("sequence_parallel", "true (experts with tensor ranks need it)", False)
 
     @cached_property
     def label(self) -> str:

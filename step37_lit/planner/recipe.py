@@ -75,17 +75,18 @@ def read_recipe(files: list[str], ranks: int | None) -> Recipe:
 
 def _section(content: dict[str, Any], name: str, file: str) -> dict[str, Any]:
     if not isinstance(content.get(name), dict):
-        raise ConfigError(name, "a section with preset or hub", content.get(name), file)
+        raise ConfigError(name, "a section with preset or init_from", content.get(name), file)
     return content[name]
 
 
 def _config(model: dict[str, Any], file: str) -> Step37Config:
+    from step37_lit.initial_weights import read_initial_config
     from step37_lit.lit_module import with_overrides
 
-    given = {name: model[name] for name in ("preset", "hub") if model.get(name) is not None}
-    if len(given) != 1:
-        raise ConfigError("model.preset, model.hub", "exactly one of them", given, file)
-    base = Step37Config.preset(model["preset"]) if "preset" in given else Step37Config.from_hub(model["hub"])
+    preset, start = model.get("preset"), model.get("init_from")
+    if preset is None and start is None:
+        raise ConfigError("model.preset, model.init_from", "one of them", None, file)
+    base = Step37Config.preset(preset) if preset is not None else read_initial_config(str(start))
     return with_overrides(base, **{part: model.get(part) for part in ("text", "vision", "tokens")})
 
 

@@ -30,7 +30,7 @@ MAX_BAD_ROWS = 500
 BAD_COLUMNS = ("met", "set", "shard", "key", "member", "reason")
 PACKAGES = ("torch", "lightning", "megatron-core", "torchmetrics", "numpy")
 RECIPE = {
-    "Model": ("model.preset", "model.hub"),
+    "Model": ("model.preset", "model.init_from"),
     "Data": ("data.class_path",),
     "Learning rate": ("model.lr",),
     "Warm-up steps": ("model.warmup_steps",),

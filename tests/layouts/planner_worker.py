@@ -65,7 +65,7 @@ def main() -> None:
     )
     lit = Step37LitModule(**module_arguments(**job["module"]))
     trainer.fit(lit, datamodule=TinyData(**job["data"]))
-    ddp, optimizer = trainer.strategy.ddp, trainer.strategy.optimizers[0]
+    ddp, optimizer = trainer.strategy.ddps[0], trainer.strategy.optimizers[0]
     weights = [*lit.model.parameters(), *lit.model.buffers()]
     state = [value for inner in optimizer.inner for of_shard in inner.state.values() for value in of_shard.values()]
     main_params = [shard for shards in optimizer._main_params() for shard in shards]

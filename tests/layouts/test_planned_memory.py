@@ -76,7 +76,9 @@ def test_prediction(name: str, tmp_path: Path) -> None:
                 training = Training(shape, len(rank["packs"]), dtype, frozen=frozen, kernels="cpu")
                 predictions.append(stage_memory(config, layout, training, stage).activations)
         predicted = sum(predictions) / len(predictions)
-        measured = sum(rank["activations"] for rank in peers) / len(peers)
+        held = [rank["activations"] for rank in peers]
+        # Tensor ranks share the images, and the busiest one is planned for; experts' tokens are known on average only.
+        measured = max(held) if layout.tensor > 1 else sum(held) / len(held)
         ratio = predicted / measured
         print(f"{name}, stage {stage}: predicted {predicted:.0f} bytes, measured {measured:.0f}: {ratio:.4f}")
         assert predicted == pytest.approx(measured, rel=TOLERANCE)
