@@ -15,7 +15,7 @@ from training import MTP_TEXT, TEXT, VISION, sample
 from step37_lit import ConfigError, MegatronStrategy, Step37Config
 from step37_lit.batch import PackedBatch
 from step37_lit.lit_module import with_overrides
-from step37_lit.megatron import data_parallel, schedule
+from step37_lit.megatron import data_parallel, process, schedule
 from step37_lit.megatron.build import build_model
 from step37_lit.model.recompute import Recompute
 from step37_lit.model.step37_model import Step37Model
@@ -28,6 +28,11 @@ KINDS = {
     "vision": Recompute(vision=True),
     "full and vision": Recompute("full", vision=True),
 }
+
+
+@pytest.fixture(autouse=True)
+def groups() -> None:
+    process.initialize()  # a run of an earlier test has ended them
 
 
 def config(**text: Any) -> Step37Config:
