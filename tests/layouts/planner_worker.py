@@ -68,7 +68,7 @@ def main() -> None:
     ddp, optimizer = trainer.strategy.ddps[0], trainer.strategy.optimizers[0]
     weights = [*lit.model.parameters(), *lit.model.buffers()]
     state = [value for inner in optimizer.inner for of_shard in inner.state.values() for value in of_shard.values()]
-    main_params = [shard for shards in optimizer._main_params() for shard in shards]
+    main_params = [shard.main for shard in optimizer.shards() if shard.parameter.dtype != torch.float32]
     buffers = ddp.buffers + ddp.expert_parallel_buffers
     seen = {
         "names": [name for name, _ in lit.model.named_parameters()],
