@@ -119,6 +119,9 @@ class Step37CLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
+        for option in args:  # jsonargparse refuses --model.seed, and would pass over these without a word
+            if option.partition("=")[0] in ("--data.seed", "--data.init_args.seed"):
+                raise ConfigError("data.seed", "--seed_everything, of which it is taken", option)
         self.config = parser.parse_args(with_bases(args))
 
     def before_instantiate_classes(self) -> None:

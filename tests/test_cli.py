@@ -214,7 +214,7 @@ def test_ctrl_c_ends_behind_a_step_and_says_what_was_reached(tmp_path: Path) -> 
 
     # What would train something else is refused before anything is written.
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    for option, named in (("--model.text.sliding_window=9", "sliding_window"), ("--data.seed=9", "data.seed")):
+    for option, named in (("--model.text.sliding_window=9", "sliding_window"), ("--seed_everything=9", "data.seed")):
         refused = command("fit", f"--config={RECIPE}", *SHORT, *more, option, folder=tmp_path)
         assert refused.returncode == 2 and named in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
