@@ -37,7 +37,7 @@ def main() -> None:
     if job["shared_out"]:  # each data-parallel rank has prompts of its own
         ranks = parallel_state.get_data_parallel_world_size()
         prompts = prompts[parallel_state.get_data_parallel_rank() :: ranks]
-    generator = Generator(model, Step37Tokenizer.train(["a"], 300), batch_size=3)
+    generator = Generator(model, Step37Tokenizer.train(["a"], 300), batch_size=8)
     found = {}
     for settings in job["settings"]:
         for each in generator.generate(prompts, GenerationSettings(**settings)):

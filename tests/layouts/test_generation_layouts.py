@@ -16,7 +16,7 @@ WORKER = Path(__file__).with_name("generate_worker.py")
 SETTINGS = [
     {"max_new_tokens": 12},
     {"max_new_tokens": 6, "num_beams": 3},
-    {"max_new_tokens": 8, "temperature": 1.0, "num_samples": 2},
+    {"max_new_tokens": 8, "temperature": 1.0, "num_samples": 4},  # 8 rows: packed weights
 ]
 
 
