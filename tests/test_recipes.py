@@ -121,6 +121,15 @@ def test_debug_recipes_are_short() -> None:
         assert len(recipe.read_text().splitlines()) < 15, recipe
 
 
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_parses(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.run(["fit", f"--config={recipe}", "--print_config"])
+    assert ended.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["trainer"]["default_root_dir"] == f"runs/{recipe.stem}" and "base" not in shown
+
+
 # ---- on the GPUs that a recipe names ----
 
 
