@@ -17,6 +17,7 @@ import time
 import warnings
 
 import torch
+from activations import kept_bytes
 
 from step37_lit.batch import ImageForInsert, PackedBatch, Sample
 from step37_lit.config import Step37Config
@@ -83,18 +84,7 @@ class Side:
 
     def activations(self) -> int:
         """Bytes that autograd keeps at the end of forward."""
-        weights = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
-        saved: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                saved[storage.data_ptr()] = storage
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            self.step()
-        return sum(storage.nbytes() for storage in saved.values())
+        return kept_bytes(self.model, self.step)
 
     def moments(self) -> int:
         states = [state for inner in self.optimizer.inner for state in inner.state.values()]

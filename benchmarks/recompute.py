@@ -15,6 +15,7 @@ import time
 import warnings
 
 import torch
+from activations import kept_bytes
 
 from step37_lit.batch import ImageForInsert, PackedBatch, Sample
 from step37_lit.config import Step37Config
@@ -72,18 +73,7 @@ class Side:
 
     def activations(self) -> int:
         """Bytes that autograd keeps at the end of forward."""
-        weights = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
-        saved: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                saved[storage.data_ptr()] = storage
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            self.model(**self.pack.model_inputs())
-        return sum(storage.nbytes() for storage in saved.values())
+        return kept_bytes(self.model, lambda: self.model(**self.pack.model_inputs()))
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from step37_lit.megatron.launch import PROJECT_PACKAGES
 from step37_lit.planner.short import short_form
 from step37_lit.recipe import inherits, load_recipe
 from step37_lit.report import write_report
-from step37_lit.resume import Resume, ResumeMode, choose, compare, explicit
+from step37_lit.resume import Resume, ResumeMode, choose, compare, explicit, left_to_train
 from step37_lit.run_checkpoints import RunCheckpoints
 from step37_lit.run_log import ContinuingCSVLogger, figures
 
@@ -119,9 +119,7 @@ class Step37CLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        for option in args:  # jsonargparse refuses --model.seed, and would pass over these without a word
-            if option.partition("=")[0] in ("--data.seed", "--data.init_args.seed"):
-                raise ConfigError("data.seed", "--seed_everything, of which it is taken", option)
+        refuse_own_seed(args)
         self.config = parser.parse_args(with_bases(args))
 
     def before_instantiate_classes(self) -> None:
@@ -173,6 +171,7 @@ class Step37CLI(LightningCLI):
             self.trainer.ckpt_path = str(self._resume.path)
             if self.subcommand == "fit":
                 lines += compare(self._resume.path, plain, self.model, self.datamodule)
+                lines += left_to_train(self._resume.path, self.trainer.max_steps)
         if rank_zero_only.rank == 0 and self.subcommand == "fit":
             print("\n".join(lines), flush=True)
 
@@ -247,6 +246,26 @@ def run(args: list[str]) -> int:
     return REQUEUE if cli.stop_signal == signal.SIGUSR1 else INTERRUPTED
 
 
+def recipes_of(args: list[str]) -> list[str]:
+    """Values of `--config` among the arguments."""
+    values = [value for option, value in itertools.pairwise(args) if option in CONFIG_OPTIONS]
+    return values + [option.partition("=")[2] for option in args if option.startswith("--config=")]
+
+
+def refuse_own_seed(args: list[str]) -> None:
+    """Raises `ConfigError` for a seed of the data, as an option or in a recipe: it is linked to `seed_everything`, and
+    jsonargparse, which refuses `model.seed`, would pass over it without a word."""
+    advice = "seed_everything, of which it is taken"
+    for option in args:
+        if option.partition("=")[0] in ("--data.seed", "--data.init_args.seed"):
+            raise ConfigError("data.seed", advice, option)
+    for file in recipes_of(args):
+        data = load_recipe(file).get("data") if Path(file).is_file() else None
+        own = (data.get("init_args") or {}) if isinstance(data, dict) else {}
+        if "seed" in own:
+            raise ConfigError("data.init_args.seed", advice, own["seed"], file)
+
+
 def with_bases(args: list[str]) -> list[str]:
     """The arguments with the content of a recipe that has a base, merged with it, in place of the recipe's path."""
 
@@ -267,7 +286,6 @@ def with_bases(args: list[str]) -> list[str]:
 def one_line(error: Exception, args: list[str]) -> str:
     """The error as one line that begins with the recipe's name, where one was given."""
     text = " ".join(str(error).split())
-    values = [value for option, value in itertools.pairwise(args) if option in CONFIG_OPTIONS]
-    values += [option.partition("=")[2] for option in args if option.startswith("--config=")]
+    values = recipes_of(args)
     recipes = ", ".join(values)
     return text if not recipes or any(value in text for value in values) else f"{recipes}: {text}"

@@ -11,8 +11,6 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch.distributed as dist
-
 from step37_lit import saved_model
 from step37_lit.checkpoint.manifest import verify
 from step37_lit.checkpoint.tensors import TensorFolder
@@ -22,7 +20,7 @@ from step37_lit.hub.load import check_folder, load_hub_weights
 from step37_lit.hub.names import name_table
 from step37_lit.hub.safetensors_folder import SafetensorsFolder
 from step37_lit.hub.text_files import CONFIG_FILE
-from step37_lit.megatron.reading import raise_together
+from step37_lit.megatron.reading import on_first_rank, raise_together
 from step37_lit.megatron.sharding import MODEL, OwnParts
 from step37_lit.model.step37_model import Step37Model
 
@@ -68,15 +66,10 @@ def load_initial_weights(chunks: Sequence[Step37Model], path: str | Path) -> Non
     if is_hub_folder(path):
         load_hub_weights(chunks, path)
         return
-    error: ConfigError | None = None
     device = next(chunks[0].parameters()).device
     checkpoint = saved_model.find_checkpoint(path)
-    try:
-        if dist.get_rank() == 0:
-            verify(checkpoint, only=MODEL)
-    except ConfigError as found:
-        error = found
-    raise_together(error, device)
+    on_first_rank(lambda: verify(checkpoint, only=MODEL), device)
+    error: ConfigError | None = None
     try:
         folder = TensorFolder(checkpoint / MODEL)
         left = _check_checkpoint(chunks[0].step37, folder)

@@ -124,6 +124,14 @@ def compare(
     return [_line(f"changed: {name}: {was!r} -> {now!r}") for name, was, now in changes if name not in NOT_OF_THE_RUN]
 
 
+def left_to_train(checkpoint: Path, max_steps: int) -> list[str]:
+    """A line where the run has ended already; `max_steps` of -1 is no bound."""
+    step = read_manifest(checkpoint).step
+    if not 0 <= max_steps <= step:
+        return []
+    return [_line(f"nothing is left of {max_steps} steps: --trainer.max_steps for more, --resume never to begin anew")]
+
+
 def _check_position(checkpoint: Path, datamodule: pl.LightningDataModule) -> None:
     """A loader refuses a position in other data; asked here, before anything is written."""
     fit_loop = read_training_state(checkpoint)["loops"]["fit_loop"]

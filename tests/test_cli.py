@@ -203,6 +203,10 @@ def test_ctrl_c_ends_behind_a_step_and_says_what_was_reached(tmp_path: Path) -> 
     assert f"reached     step {reached + 2}: " in again.stdout
     steps = [step for step, _ in rows(tmp_path / "runs" / "scenes_tiny" / "metrics.csv", "train/loss")]
     assert steps == list(range(reached + 2))
+    ended = command("fit", f"--config={RECIPE}", *SHORT, *more, folder=tmp_path)
+    assert ended.returncode == 0 and f"resume      nothing is left of {reached + 2} steps: " in ended.stdout, (
+        ended.stderr
+    )
 
     # What would train something else is refused before anything is written.
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}

@@ -115,6 +115,16 @@ def test_fit_takes_the_base_and_options_override(option: list[str], tmp_path: Pa
         CheckedCLI(["fit", *arguments])
 
 
+@pytest.mark.parametrize("based", [True, False])
+def test_a_seed_of_the_data_alone_is_refused(based: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """jsonargparse links it to seed_everything, and would say nothing."""
+    base = f"base: {ROOT}/recipes/scenes_tiny.yaml\n" if based else ""
+    own = write(tmp_path, "own.yaml", f"{base}data: {{init_args: {{seed: 9}}}}\n")
+    assert cli.run(["fit", "--config", str(own)]) == 2
+    told = capsys.readouterr().err
+    assert "data.init_args.seed: expected seed_everything" in told and "found 9" in told and told.count("\n") == 1
+
+
 def test_debug_recipes_are_short() -> None:
     assert len(DEBUG) == 3
     for recipe in DEBUG:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,17 @@ def parts(chunk: Step37Model) -> dict[str, RankPart]:
     """This rank's place among the ranks that share a matrix (`tensor`) and those that share experts (`expert`)."""
     groups = {"tensor": chunk.pg_collection.tp, "expert": chunk.pg_collection.ep}
     return {name: RankPart(get_pg_rank(group), get_pg_size(group)) for name, group in groups.items()}
+
+
+def on_first_rank(check: Callable[[], object], device: torch.device) -> None:
+    """Runs `check` on rank 0; a `ConfigError` of it is raised on every rank (see `raise_together`)."""
+    error: ConfigError | None = None
+    try:
+        if torch.distributed.get_rank() == 0:
+            check()
+    except ConfigError as found:
+        error = found
+    raise_together(error, device)
 
 
 def raise_together(error: Exception | None, device: torch.device) -> None:

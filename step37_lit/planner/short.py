@@ -30,7 +30,7 @@ def short_form(config: Step37Config, layout: PlannedLayout, dtype: DType, frozen
     where = f" (stage {stage} of {layout.pipeline})" if layout.pipeline > 1 else ""
     parts = f"weights {_size(state.weights)}, gradients {_size(state.gradients)}, optimizer {_size(state.optimizer)}"
     return (
-        f"layout      {layout.label}: {layout.ranks} ranks, {layout.data} data parallel; {dtype}\n"
+        f"layout      {layout.label}; {dtype}\n"
         f"parameters  {total:,}, of them {state.parameters:,} on a rank{where}: {parts}, before activations\n"
         f"operations  {3 * flops / SEQUENCE / 1e6:,.4g} MFLOP a text token in sequences of {SEQUENCE}, without pictures"
     )
