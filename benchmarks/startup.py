@@ -47,7 +47,7 @@ def seconds_to_import() -> float:
 
 def seconds_to_first_step(folder: Path, recipe: Path) -> float:
     arguments = ["fit", f"--config={recipe}", "--trainer.max_steps=1", "--model.warmup_steps=0"]
-    arguments += ["--trainer.limit_val_batches=0", f"--trainer.default_root_dir={folder}"]
+    arguments += ["--trainer.limit_val_batches=0", "--resume=never", f"--trainer.default_root_dir={folder}"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     start = time.time()
     done = subprocess.run(

@@ -90,8 +90,8 @@ def rank(job: dict[str, Any]) -> None:
     layout, ranks = ParallelLayout(**job["layout"]), job["ranks"]
     process.initialize(layout)
     config = Step37Config.preset("tiny_moe", **TEXT)
-    ddp = data_parallel.wrap(build_model(config, layout))
-    optimizer = ForwardingOptimizer(ddp, AdamWSettings(1e-4), 1.0, torch.float32)
+    (ddp,) = data_parallel.wrap(build_model(config, layout))
+    optimizer = ForwardingOptimizer([ddp], AdamWSettings(1e-4), 1.0, torch.float32)
     generator = torch.Generator().manual_seed(0)
     packs = []
     for number in range(PACKS * ranks // layout.data_parallel_size(ranks)):
@@ -108,7 +108,7 @@ def rank(job: dict[str, Any]) -> None:
         start = time.perf_counter()
         ddp.zero_grad_buffer()
         optimizer.clear_gradients()
-        schedule.train_step(ddp, packs)
+        schedule.train_step([ddp], packs)
         optimizer.step()
         steps.append(time.perf_counter() - start)
     if os.environ.get("RANK", "0") == "0":
