@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 
 from step37_lit.batch import PackedBatch, Sample
-from step37_lit.config import require
+from step37_lit.errors import require
 from step37_lit.evaluation import swap_images
 from step37_lit.generation import Completion, Generator
 from step37_lit.metrics import CIDErD, CocoBLEU, CocoROUGEL, DocumentFrequencies

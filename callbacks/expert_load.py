@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 
 from callbacks.caption_metrics import write_captions
 from step37_lit.batch import PackedBatch
-from step37_lit.config import require
+from step37_lit.errors import require
 from step37_lit.megatron.expert_load import ExpertLoadRecording, LayerLoad
 
 FILE = "expert_load.jsonl"

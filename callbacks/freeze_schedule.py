@@ -11,7 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim.lr_scheduler import LambdaLR
 
 from callbacks.freeze_stages import FIELD, Plateau, factor_at, parse_stages
-from step37_lit.config import ConfigError, Step37Config, require
+from step37_lit.config import Step37Config
+from step37_lit.errors import ConfigError, require
 from step37_lit.lit_module import megatron_strategy
 from step37_lit.parameter_groups import layer_depths, split_parameters
 from step37_lit.validations import validation_follows

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from step37_lit.config import ConfigError, require
+from step37_lit.errors import ConfigError, require
 
 FIELD = "freeze_schedule.stages"
 

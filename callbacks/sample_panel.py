@@ -16,7 +16,7 @@ from torch import Tensor
 
 from callbacks.caption_metrics import FOLDER, CaptionMetrics
 from callbacks.sample_sheet import Caption, draw_sheet
-from step37_lit.config import ConfigError, require
+from step37_lit.errors import ConfigError, require
 from step37_lit.report.pictures import picture_path
 
 COLUMNS = 4

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from step37_lit.batch import PackedBatch
-from step37_lit.config import require
+from step37_lit.errors import require
 
 TILE = 224  # pixels of a picture on the sheet
 TEXT_HEIGHT = 150

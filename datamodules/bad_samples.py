@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from step37_lit.config import ConfigError, UserError
+from step37_lit.errors import ConfigError, UserError
 
 BadSamplePolicy = Literal["raise", "skip"]
 FILE_NAME = "bad_samples.jsonl"

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from datamodules.packing import iterate_packs
-from step37_lit.config import require
+from step37_lit.errors import require
 
 Mixture = Literal["samples", "tokens"]
 Entry = tuple[int, int, int]  # set, sample, variant

@@ -18,7 +18,8 @@ from datamodules.packed_steps import PackedEpochs, PackedSteps
 from datamodules.packing import WINDOW
 from datamodules.shard_sets import Reading, ShardSet, Split, TooLong, set_names
 from datamodules.steps import EVERYTHING, DataShare, EvaluationLoader, StepLoader, check_ranks, first_epoch
-from step37_lit.config import Step37Config, require
+from step37_lit.config import Step37Config
+from step37_lit.errors import require
 from step37_lit.images import DEFAULT_MAX_PIXELS
 from step37_lit.processor import DEFAULT_PROMPT, Step37Processor
 from step37_lit.tokenizer import Step37Tokenizer

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from step37_lit.config import require
+from step37_lit.errors import require
 
 WINDOW = 64
 

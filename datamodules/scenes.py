@@ -29,7 +29,8 @@ from datamodules.steps import (
     first_epoch,
 )
 from step37_lit.batch import PackedBatch, Sample
-from step37_lit.config import Step37Config, require
+from step37_lit.config import Step37Config
+from step37_lit.errors import require
 from step37_lit.processor import Step37Processor
 from step37_lit.tokenizer import Step37Tokenizer
 

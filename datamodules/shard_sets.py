@@ -18,7 +18,7 @@ from datamodules.shards.index_file import refuse_unfinished
 from datamodules.shards.reader import ShardReader
 from datamodules.shards.storage import Storage
 from step37_lit.batch import Sample
-from step37_lit.config import ConfigError, require
+from step37_lit.errors import ConfigError, require
 from step37_lit.images import ImageError, open_image
 from step37_lit.processor import Step37Processor
 

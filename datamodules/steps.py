@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.bad_samples import BadRecord, BadSampleLedger
 from step37_lit.batch import PackedBatch
-from step37_lit.config import require
+from step37_lit.errors import require
 
 
 @dataclass(frozen=True)

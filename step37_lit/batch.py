@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from step37_lit.config import TokenIds, require
+from step37_lit.config import TokenIds
+from step37_lit.errors import require
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
 
-from step37_lit.config import ConfigError, require
+from step37_lit.errors import ConfigError, require
 from step37_lit.image_header import ImageError
 
 if TYPE_CHECKING:  # the help must not wait for torch

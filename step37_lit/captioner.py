@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from step37_lit.batch import Sample
-from step37_lit.config import ConfigError, require
+from step37_lit.errors import ConfigError, require
 from step37_lit.generation import Completion, Generator
 from step37_lit.hub.load import load_hub_model
 from step37_lit.hub.text_files import TEMPLATE_FILE, TOKENIZER_FILE

@@ -16,7 +16,7 @@ from jinja2 import nodes
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 
 LONGEST_TEMPLATE = 1_000_000  # characters
 STEPS = 1_000_000  # of a rendering

@@ -12,7 +12,7 @@ from jsonargparse.typing import PositiveInt
 
 from step37_lit.checkpoint.folder import Found, latest_name, list_checkpoints, prune
 from step37_lit.checkpoint.manifest import MANIFEST, Manifest, VerifyMode, files_to_hash, verify
-from step37_lit.config import ConfigError, require
+from step37_lit.errors import ConfigError, require
 
 DESCRIPTION = """\
 Looks at checkpoints. PATH is a checkpoint, a folder of them, or a run's folder.

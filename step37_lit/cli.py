@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from step37_lit.commands import INTERRUPTED, REQUEUE, USER_ERROR
-from step37_lit.config import ConfigError, UserError
+from step37_lit.errors import ConfigError, UserError
 from step37_lit.lit_module import Step37LitModule, megatron_strategy
 from step37_lit.megatron.launch import PROJECT_PACKAGES
 from step37_lit.planner.short import short_form

@@ -7,7 +7,7 @@ import sys
 
 from jsonargparse import ArgumentError
 
-from step37_lit.config import UserError
+from step37_lit.errors import UserError
 
 COMMANDS = {
     "shard": "datamodules.commands.shard",

@@ -15,46 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from step37_lit.errors import require
+
 AttentionKind = Literal["full_attention", "sliding_attention"]
 ATTENTION_KINDS: tuple[AttentionKind, ...] = ("full_attention", "sliding_attention")
-
-LONGEST_SHOWN = 1000  # characters of a part of a message
-
-
-class UserError(ValueError):
-    """A mistake of the user's: one line that says what to change, and exit code 2."""
-
-
-class ConfigError(UserError):
-    """A mistake of the user's: one line that names the field, what was expected and what was found."""
-
-    def __init__(self, field_name: str, expected: object, found: object, file: str | Path | None = None):
-        self.field_name, self.expected, self.found, self.file = field_name, expected, found, file
-        where = f"{file}: " if file is not None else ""
-        super().__init__(f"{where}{_short(field_name)}: expected {_short(str(expected))}, found {_shown(found)}")
-
-    def __reduce__(self) -> tuple[type[ConfigError], tuple[object, ...]]:
-        # Pickled by an exception's args it could not be made again, and a pool of processes would break.
-        return type(self), (self.field_name, self.expected, self.found, self.file)
-
-
-def _shown(found: object) -> str:
-    """On one line, whatever a file held."""
-    try:
-        text = repr(found)
-    except RecursionError:
-        return f"a deeply nested {type(found).__name__}"
-    return _short(text)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}... ({len(text)} characters)"
-
-
-def require(condition: bool, field_name: str, expected: object, found: object) -> None:
-    """Raises `ConfigError` for `field_name` unless `condition` holds."""
-    if not condition:
-        raise ConfigError(field_name, expected, found)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from step37_lit.config import ConfigError, require
+from step37_lit.errors import ConfigError, require
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 LAYOUTS = ("hub", "transformers")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from step37_lit.batch import PackedBatch, Sample
 from step37_lit.beam_search import BeamSearch
-from step37_lit.config import require
+from step37_lit.errors import require
 from step37_lit.megatron.chunks import ModelChunks, chunks_of
 from step37_lit.megatron.inference import RowDecoder, any_expert_rank, idle, inference_mode
 from step37_lit.model.step37_model import Step37Model

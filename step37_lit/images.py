@@ -25,7 +25,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from step37_lit.config import require
+from step37_lit.errors import require
 from step37_lit.image_header import DEFAULT_MAX_PIXELS, ImageError, ImageHeader, read_header
 
 __all__ = ["DEFAULT_MAX_PIXELS", "FORMATS", "SUFFIX_FORMATS", "ImageError", "ImageHeader", "open_image", "read_header"]

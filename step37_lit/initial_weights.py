@@ -14,7 +14,8 @@ from pathlib import Path
 from step37_lit import saved_model
 from step37_lit.checkpoint.manifest import verify
 from step37_lit.checkpoint.tensors import TensorFolder
-from step37_lit.config import ConfigError, Step37Config, require
+from step37_lit.config import Step37Config
+from step37_lit.errors import ConfigError, require
 from step37_lit.hub.config_json import read_hub_config
 from step37_lit.hub.load import check_folder, load_hub_weights
 from step37_lit.hub.names import name_table

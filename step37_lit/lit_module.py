@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from step37_lit import saved_model
 from step37_lit.batch import PackedBatch
-from step37_lit.config import ConfigError, Step37Config, require
+from step37_lit.config import Step37Config
+from step37_lit.errors import ConfigError, require
 from step37_lit.evaluation import EvaluationSums, swap_images
 from step37_lit.flops import training_flops
 from step37_lit.hub.config_writer import hub_facts

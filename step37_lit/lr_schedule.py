@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from step37_lit.config import require
+from step37_lit.errors import require
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from step37_lit.config import VisionConfig, require
+from step37_lit.config import VisionConfig
+from step37_lit.errors import require
 from step37_lit.image_header import DEFAULT_MAX_PIXELS, ImageError
 
 ResizeMode = Literal["fast", "exact"]

@@ -9,7 +9,8 @@ import difflib
 import re
 from collections.abc import Sequence
 
-from step37_lit.config import ConfigError, Step37Config
+from step37_lit.config import Step37Config
+from step37_lit.errors import ConfigError
 from step37_lit.hub.names import name_table
 
 GROUPS: dict[str, str] = {

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from step37_lit.batch import ImageForInsert, Sample
 from step37_lit.chat_template import ChatTemplate
-from step37_lit.config import Step37Config, require
+from step37_lit.config import Step37Config
+from step37_lit.errors import require
 from step37_lit.multicrop import RESIZE_MODES, ResizeMode, crop_image, pixels_of, plan_crops, resize_pixels
 from step37_lit.tokenizer import BOS, IMAGE_PATCH, TURN_END, Step37Tokenizer
 

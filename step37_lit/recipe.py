@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from step37_lit.config import ConfigError, require
+from step37_lit.errors import ConfigError, require
 
 BASE = "base"
 

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 
 from step37_lit.checkpoint.folder import list_checkpoints
 from step37_lit.checkpoint.manifest import Manifest, check_hashes, check_structure, read_manifest
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.lit_module import Step37LitModule
 from step37_lit.megatron.checkpointing import RECIPE_FILE, changed_fields, check_same_model, read_training_state
 from step37_lit.saved_model import CHECKPOINTS, TOKENIZER_FILE, find_checkpoint, read_config

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from step37_lit.checkpoint import folder
-from step37_lit.config import ConfigError, require
+from step37_lit.errors import ConfigError, require
 from step37_lit.saved_model import CHECKPOINTS
 from step37_lit.validations import validation_follows
 

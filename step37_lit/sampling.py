@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from step37_lit.config import require
+from step37_lit.errors import require
 
 
 @dataclass(frozen=True)

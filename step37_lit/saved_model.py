@@ -13,16 +13,8 @@ import torch
 
 from step37_lit.checkpoint.folder import LATEST, list_checkpoints
 from step37_lit.checkpoint.manifest import MANIFEST, verify
-from step37_lit.config import (
-    ConfigError,
-    Llama3Scaling,
-    RopeConfig,
-    Step37Config,
-    TextConfig,
-    TokenIds,
-    VisionConfig,
-    require,
-)
+from step37_lit.config import Llama3Scaling, RopeConfig, Step37Config, TextConfig, TokenIds, VisionConfig
+from step37_lit.errors import ConfigError, require
 from step37_lit.hub.fields import read_json_object
 from step37_lit.megatron import process
 from step37_lit.megatron.build import build_model

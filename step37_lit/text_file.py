@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 
 LARGEST = 256 * 2**20  # bytes
 

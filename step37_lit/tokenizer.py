@@ -16,7 +16,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from step37_lit.config import ConfigError, TokenIds, require
+from step37_lit.config import TokenIds
+from step37_lit.errors import ConfigError, require
 from step37_lit.text_file import read_text
 
 BOS = "<｜begin▁of▁sentence｜>"

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torchmetrics import MetricCollection
 
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.metrics import CIDErD, CocoBLEU, CocoROUGEL
 
 

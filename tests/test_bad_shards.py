@@ -12,7 +12,7 @@ import pytest
 
 from datamodules.bad_samples import BadSample
 from datamodules.shards.index_build import build_index
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from tests import tars
 from tests.indexed_shards import check_reading
 from tests.tars import picture, sample, text

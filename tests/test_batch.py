@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from step37_lit.batch import ImageForInsert, PackedBatch, Sample
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.presets import TINY_TOKENS as TOKENS
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pictures import ENCODINGS, PNG_START, SMALL, blocks, chunk, encoded, noise, opened, png, png_header
 from PIL import ImageFile
 
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.images import ImageError, open_image, read_header
 
 REPOSITORY = Path(__file__).parents[1]

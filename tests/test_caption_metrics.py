@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics import MetricCollection
 
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.metrics import CIDErD, CocoBLEU, CocoROUGEL, DocumentFrequencies
 from step37_lit.metrics.corpus import read_corpus
 from tests import caption_reference

@@ -26,7 +26,7 @@ from datamodules.scene_captions import caption_text, captions, score_caption
 from datamodules.scene_world import Scene, Thing, draw_scene
 from datamodules.scenes import ScenesDataModule
 from step37_lit import MegatronStrategy, PackedBatch, Step37Captioner, Step37LitModule
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.images import ImageError
 from step37_lit.metrics import CIDErD, DocumentFrequencies
 from tests import shard_sets

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from step37_lit.config import ConfigError, Step37Config
+from step37_lit.config import Step37Config
+from step37_lit.errors import ConfigError
 from step37_lit.hub.config_json import read_hub_config
 from tests.hub_configs import published_hub_config
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from callbacks.caption_metrics import CaptionMetrics
 from datamodules.scenes import ScenesDataModule
 from step37_lit import MegatronStrategy, Step37Config, Step37LitModule, build_model
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.megatron.context import ContextSeqParams, with_chunks
 from step37_lit.megatron.core_attention import FlashCoreAttention, SDPACoreAttention
 from step37_lit.megatron.inference import inference_mode

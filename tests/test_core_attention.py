@@ -9,7 +9,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.megatron.core_attention import FlashCoreAttention, SDPACoreAttention, core_attention_of
 
 HEADS, GROUPS, HEAD_DIM = 6, 2, 32

@@ -12,7 +12,8 @@ import torch
 
 from step37_lit.batch import PackedBatch, Sample
 from step37_lit.beam_search import BeamSearch
-from step37_lit.config import ConfigError, Step37Config
+from step37_lit.config import Step37Config
+from step37_lit.errors import ConfigError
 from step37_lit.generation import Generator
 from step37_lit.hub.load import load_hub_model
 from step37_lit.megatron.build import build_model

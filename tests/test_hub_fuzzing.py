@@ -21,7 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from step37_lit.chat_template import ChatTemplate
-from step37_lit.config import ConfigError, Step37Config
+from step37_lit.config import Step37Config
+from step37_lit.errors import ConfigError
 from step37_lit.hub.config_json import parse_hub_config
 from step37_lit.hub.config_writer import LAYOUTS, hub_config, preprocessor_config
 from step37_lit.hub.safetensors_file import SafetensorsFile

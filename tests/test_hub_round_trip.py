@@ -12,7 +12,8 @@ import torch
 from step37_lit import saved_model
 from step37_lit.checkpoint.manifest import verify
 from step37_lit.checkpoint.tensors import TensorFolder
-from step37_lit.config import ConfigError, Step37Config
+from step37_lit.config import Step37Config
+from step37_lit.errors import ConfigError
 from step37_lit.hub.config_json import parse_hub_config, read_hub_config
 from step37_lit.hub.config_writer import LAYOUTS, hub_config, hub_facts, preprocessor_config
 from step37_lit.hub.exporting import ExportOptions, export_hub

@@ -14,7 +14,7 @@ from datamodules.bad_samples import BadSample
 from datamodules.commands import index as index_command
 from datamodules.conversations import parse_text
 from datamodules.shards.index import ShardIndex, set_fingerprint
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.processor import Step37Processor
 from tests import tars
 from tests.indexed_shards import small_processor, write_set

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from step37_lit.captioner import Step37Captioner
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.hub.importing import import_hub
 from step37_lit.hub.load import loadable_weights
 from step37_lit.initial_weights import check_initial_weights, load_initial_weights, read_initial_config

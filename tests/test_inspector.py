@@ -28,7 +28,7 @@ from datamodules.packed import PackedDataModule
 from datamodules.packed_steps import PackedEpochs
 from datamodules.packing import lower_bound
 from datamodules.steps import EVERYTHING
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.pages.render import visible
 
 

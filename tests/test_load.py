@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.hub.config_json import read_hub_config
 from step37_lit.hub.load import load_hub_model, loadable_weights
 from step37_lit.hub.names import name_table

@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from step37_lit.batch import PackedBatch
-from step37_lit.config import ConfigError, Step37Config
+from step37_lit.config import Step37Config
+from step37_lit.errors import ConfigError
 from step37_lit.image_header import ImageError
 from step37_lit.megatron.build import build_model
 from step37_lit.model.step37_model import Step37Model

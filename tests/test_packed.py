@@ -20,7 +20,7 @@ from datamodules.packed import PackedDataModule, SetConfig
 from datamodules.packed_steps import PackedEpochs
 from datamodules.steps import DataShare, StepLoader
 from step37_lit.batch import PackedBatch
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from tests import shard_sets
 
 NUMBER, MICROBATCHES, MAX_LENGTH = 48, 4, 160

@@ -15,7 +15,7 @@ from training import Record, trainer_arguments
 
 from datamodules.packed import PackedDataModule
 from step37_lit import MegatronStrategy, Step37LitModule
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from tests import shard_sets
 
 pytestmark = pytest.mark.usefixtures("one_rank")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from datamodules.epoch_plan import PlannedSet, Planner, evaluation_plan, permutation
 from datamodules.packing import lower_bound, pack
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 
 SEED = 20
 FLICKR = Path(__file__).parents[2] / "shared" / "flickr8k-mini" / "captions.txt"

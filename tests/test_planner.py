@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from step37_lit.commands import run
-from step37_lit.config import ConfigError, Step37Config
+from step37_lit.config import Step37Config
+from step37_lit.errors import ConfigError
 from step37_lit.flops import Flops
 from step37_lit.hub.names import text_rows, vision_rows
 from step37_lit.planner.communication import data_traffic, microbatch_traffic

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from step37_lit.config import ConfigError, Step37Config
+from step37_lit.config import Step37Config
+from step37_lit.errors import ConfigError
 from step37_lit.lit_module import with_overrides
 from step37_lit.planner.balance import balanced_split
 from step37_lit.planner.estimate import chunk_flops

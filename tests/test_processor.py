@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from step37_lit.batch import PackedBatch
-from step37_lit.config import ConfigError, Step37Config
+from step37_lit.config import Step37Config
+from step37_lit.errors import ConfigError
 from step37_lit.presets import TINY_TOKENS as TOKENS
 from step37_lit.processor import Step37Processor
 from step37_lit.tokenizer import IMAGE_PATCH, SPECIAL_TOKENS, TURN_END, TURN_START, Step37Tokenizer

@@ -12,7 +12,7 @@ import yaml
 
 from datamodules.commands.recipe import recipe_data
 from step37_lit import cli, commands
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.megatron import process
 from step37_lit.recipe import load_recipe, load_recipes, merge
 from tests import tiny_recipes

@@ -26,7 +26,7 @@ from made_runs import (
 )
 from PIL import Image
 
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.report import write_report
 from step37_lit.report.axes import Axis, round_step, short
 from step37_lit.report.charts import CHARTS, Chart, lines_of, other_charts
@@ -340,7 +340,7 @@ def report(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
         "import sys\n"
         "for name in ('torch', 'lightning', 'megatron', 'torchmetrics'): sys.modules[name] = None\n"
         "from jsonargparse import ArgumentError\n"
-        "from step37_lit.config import UserError\n"
+        "from step37_lit.errors import UserError\n"
         "from step37_lit.report_command import main\n"
         "try: sys.exit(main(sys.argv[1:]))\n"
         "except (UserError, ArgumentError) as error: print(f'error: {error}', file=sys.stderr); sys.exit(2)\n"

@@ -13,7 +13,7 @@ from datamodules.scene_world import COLORS, HELD_OUT, SHAPES, draw_scene, genera
 from datamodules.scenes import ScenesDataModule, tokenizer_texts
 from datamodules.steps import DataShare, StepLoader
 from step37_lit.batch import PackedBatch
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.tokenizer import Step37Tokenizer
 
 WEIGHTS = (0.4, 0.2, 0.2, 0.2)

@@ -23,7 +23,7 @@ from datamodules.shards.write_plan import Limit, Plan, plan_shards
 from datamodules.shards.writer import TEMPORARY, begin, write_shards
 from datamodules.sources.base import Item, Ref
 from datamodules.sources.captions import Flickr8kSource
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from tests.sharding import NUMBER, PER_SHARD, digests, make_source, read, shard
 
 

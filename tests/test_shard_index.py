@@ -25,7 +25,8 @@ from datamodules.shards.lengths import add_lengths
 from datamodules.shards.reader import ShardReader
 from datamodules.shards.storage import Storage
 from datamodules.shards.worker_pool import results_in_order
-from step37_lit.config import ConfigError, Step37Config
+from step37_lit.config import Step37Config
+from step37_lit.errors import ConfigError
 from step37_lit.processor import DEFAULT_PROMPT, Step37Processor
 from step37_lit.tokenizer import Step37Tokenizer
 from tests import tars

@@ -21,7 +21,7 @@ from datamodules.shards.index_build import build_index
 from datamodules.shards.index_file import write_index
 from datamodules.shards.reader import ShardReader
 from datamodules.shards.storage import OPEN_FILES
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.processor import Step37Processor
 from tests import tars
 from tests.indexed_shards import flipped, keep_time, small_processor, write_set

@@ -19,7 +19,7 @@ from datamodules.shards.index_file import WRITING_FILE
 from datamodules.shards.write_plan import Limit, plan_shards
 from datamodules.shards.writer import TEMPORARY, begin
 from datamodules.sources.captions import Flickr8kSource
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from tests.conftest import SEED
 from tests.sharding import COMMAND, NUMBER, PER_SHARD, REPOSITORY, digests, make_source, shard
 

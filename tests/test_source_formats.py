@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from datamodules.sources.base import MAX_LINE_BYTES
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from tests.made_sources import (
     HEADER,
     PICTURE,

@@ -17,7 +17,7 @@ from datamodules.scenes import ScenesDataModule
 from datamodules.sources.base import MAX_KEY_BYTES, key_of
 from datamodules.sources.detect import detect_format, open_source
 from datamodules.sources.scenes import SceneSource
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from tests.made_sources import (
     HEADER,
     PICTURE,

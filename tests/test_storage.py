@@ -17,7 +17,7 @@ from datamodules.shards.index_build import build_index
 from datamodules.shards.lengths import add_lengths
 from datamodules.shards.reader import ShardReader
 from datamodules.shards.storage import Storage, expand_shards
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.processor import DEFAULT_PROMPT, Step37Processor
 from tests.indexed_shards import flipped, small_processor, write_set
 

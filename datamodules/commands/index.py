@@ -13,7 +13,7 @@ from jsonargparse.typing import PositiveInt
 from datamodules.bad_samples import BadSamplePolicy
 from datamodules.commands.recipe import packed_data_module, recipe_data
 from step37_lit.commands import INTERRUPTED
-from step37_lit.config import ConfigError, require
+from step37_lit.errors import ConfigError, require
 
 if TYPE_CHECKING:
     from datamodules.packed import PackedDataModule

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.recipe import load_recipe
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from datamodules.bad_samples import BadSamplePolicy
 from datamodules.scene_world import Split
 from step37_lit.commands import INTERRUPTED
-from step37_lit.config import ConfigError, require
+from step37_lit.errors import ConfigError, require
 
 if TYPE_CHECKING:  # what writes needs torch and webdataset, which the help must not wait for
     from datamodules.shards.write_plan import Limit

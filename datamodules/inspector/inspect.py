@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 
 if TYPE_CHECKING:  # the help must not wait for torch
     from datamodules.packed import PackedDataModule

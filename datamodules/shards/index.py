@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from datamodules.shards.index_file import INDEX_FILE, LENGTHS, PROBLEM, described_set, open_table
 from datamodules.shards.storage import PathLike, Storage, folder_shards
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 
 
 class Member(NamedTuple):

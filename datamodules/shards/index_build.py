@@ -19,7 +19,7 @@ from datamodules.shards.index_file import INDEX_FILE, LENGTHS, ShardEntry, write
 from datamodules.shards.rows import scan_shard
 from datamodules.shards.storage import PathLike, Storage, expand_shards
 from datamodules.shards.worker_pool import progress_bar, results_in_order
-from step37_lit.config import ConfigError, require
+from step37_lit.errors import ConfigError, require
 
 IN_ANOTHER_SHARD = "the key is also in shard "
 

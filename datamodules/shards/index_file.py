@@ -23,7 +23,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from datamodules.shards.storage import REMOTE_SCHEMES, PathLike
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 
 INDEX_FILE = "index.arrow"
 WRITING_FILE = "writing.json"  # beside shards that are not all written yet

@@ -17,7 +17,7 @@ from datamodules.shards.index_file import LENGTHS, LENGTHS_TYPE, PROBLEM, write_
 from datamodules.shards.reader import ShardReader, difference
 from datamodules.shards.storage import Storage
 from datamodules.shards.worker_pool import progress_bar, results_in_order
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 
 CHUNK = 512  # samples of one job
 

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 import braceexpand
 import fsspec
 
-from step37_lit.config import ConfigError, require
+from step37_lit.errors import ConfigError, require
 
 REMOTE_SCHEMES = ("http", "https", "s3", "gs")
 MAX_SHARDS = 100_000  # more than this come from a slip in a brace range

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from datamodules.bad_samples import BadSamplePolicy
 from datamodules.sources.base import BadItem, Item, Ref, Source
-from step37_lit.config import ConfigError, require
+from step37_lit.errors import ConfigError, require
 
 BLOCK = tarfile.BLOCKSIZE
 

@@ -24,7 +24,7 @@ from datamodules.shards.index_file import WRITING_FILE
 from datamodules.shards.worker_pool import progress_bar, results_in_order
 from datamodules.shards.write_plan import Entry, Plan, checksum
 from datamodules.sources.base import BadItem, Source
-from step37_lit.config import ConfigError, require
+from step37_lit.errors import ConfigError, require
 from step37_lit.images import SUFFIX_FORMATS, read_header
 
 TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Protocol
 from datamodules.bad_samples import BadSample
 from datamodules.conversations import choose_text
 from datamodules.shards.tar_scan import MAX_MEMBER_BYTES
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.images import SUFFIX_FORMATS
 from step37_lit.processor import DEFAULT_PROMPT
 

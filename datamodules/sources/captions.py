@@ -24,7 +24,7 @@ from datamodules.sources.base import (
     read_whole,
     to_json,
 )
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 
 CSV_HEADER = ["image", "caption"]
 BOM = "\ufeff"

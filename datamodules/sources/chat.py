@@ -20,7 +20,7 @@ from datamodules.sources.base import (
     read_lines,
     to_json,
 )
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 
 
 class ChatSource(Source):

@@ -9,7 +9,7 @@ from datamodules.sources.base import Source, printable
 from datamodules.sources.captions import CocoSource, Flickr8kSource, is_flickr8k_header
 from datamodules.sources.chat import ChatSource
 from datamodules.sources.folder import TEXT_SUFFIXES, FolderSource
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.images import SUFFIX_FORMATS
 
 FLICKR8K_FILE = "captions.txt"

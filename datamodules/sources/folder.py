@@ -19,7 +19,7 @@ from datamodules.sources.base import (
     key_of_image,
     printable,
 )
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.images import SUFFIX_FORMATS
 
 TEXT_SUFFIXES = ("json", "txt")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from step37_lit.checkpoint.manifest import MANIFEST, FileEntry, Manifest, files_below, hash_files, read_manifest
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 
 LATEST = "latest"
 STAGED, REPLACED = ".part", ".old"

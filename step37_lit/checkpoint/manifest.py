@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 
 METADATA = ".metadata"
 _OF_METADATA = (

@@ -43,7 +43,7 @@ from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from step37_lit.checkpoint.metadata import read_metadata
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 
 Offsets = tuple[int, ...]
 MAX_FILE_BYTES = 512 * 2**20  # torch's writer keeps the tensors of a file until it is written

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from step37_lit.config import ConfigError, Step37Config, TokenIds, VisionConfig
+from step37_lit.config import Step37Config, TokenIds, VisionConfig
+from step37_lit.errors import ConfigError
 from step37_lit.hub.fields import JsonFields, boolean, integer, integers, number, parse_json_object
 from step37_lit.hub.text_fields import read_text_config
 from step37_lit.hub.text_files import CONFIG_FILE, PREPROCESSOR_FILE, TOKENIZER_FILE

@@ -8,15 +8,8 @@ from typing import Any, Literal
 
 import torch
 
-from step37_lit.config import (
-    ATTENTION_KINDS,
-    AttentionKind,
-    Llama3Scaling,
-    Step37Config,
-    TextConfig,
-    VisionConfig,
-    require,
-)
+from step37_lit.config import ATTENTION_KINDS, AttentionKind, Llama3Scaling, Step37Config, TextConfig, VisionConfig
+from step37_lit.errors import require
 from step37_lit.hub.config_json import PROCESSOR_TYPE
 from step37_lit.hub.text_fields import UNUSED_ROPE
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from step37_lit.checkpoint.folder import sync
 from step37_lit.checkpoint.manifest import hash_file
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 
 RECORD = ".export.json"  # what is finished, and of what
 

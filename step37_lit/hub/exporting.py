@@ -14,7 +14,8 @@ from step37_lit import saved_model
 from step37_lit.checkpoint.folder import check_space
 from step37_lit.checkpoint.manifest import MANIFEST, hash_file, verify
 from step37_lit.checkpoint.tensors import TensorFolder
-from step37_lit.config import ConfigError, Step37Config, require
+from step37_lit.config import Step37Config
+from step37_lit.errors import ConfigError, require
 from step37_lit.hub.config_json import parse_hub_config
 from step37_lit.hub.config_writer import ConfigLayout, hub_config, hub_facts, preprocessor_config
 from step37_lit.hub.export_staging import ExportStaging

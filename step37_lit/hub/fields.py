@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.text_file import read_bytes
 
 T = TypeVar("T")

@@ -14,7 +14,8 @@ from torch import Tensor
 from step37_lit import saved_model
 from step37_lit.checkpoint import folder as checkpoint_folder
 from step37_lit.checkpoint.tensors import Part, Sharded, write_tensors
-from step37_lit.config import ConfigError, Step37Config, require
+from step37_lit.config import Step37Config
+from step37_lit.errors import ConfigError, require
 from step37_lit.hub.config_json import read_hub_config
 from step37_lit.hub.load import check_folder
 from step37_lit.hub.names import Row, name_table

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from step37_lit.config import ConfigError, Step37Config
+from step37_lit.config import Step37Config
+from step37_lit.errors import ConfigError
 from step37_lit.hub.conversions import Shape
 from step37_lit.hub.names import Row, name_table
 from step37_lit.hub.safetensors_folder import SafetensorsFolder

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.hub.fields import parse_json_object
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

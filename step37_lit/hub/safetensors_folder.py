@@ -9,7 +9,7 @@ from typing import Self
 
 from torch import Tensor
 
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.hub.fields import read_json_object
 from step37_lit.hub.names import HubTensor, Split
 from step37_lit.hub.safetensors_file import Entry, SafetensorsFile

@@ -35,7 +35,8 @@ from step37_lit.checkpoint.manifest import (
     files_to_hash,
     read_manifest,
 )
-from step37_lit.config import ConfigError, Step37Config, require
+from step37_lit.config import Step37Config
+from step37_lit.errors import ConfigError, require
 from step37_lit.megatron import random_state
 from step37_lit.megatron.chunks import chunks_of
 from step37_lit.megatron.layout import ParallelLayout

@@ -22,7 +22,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from step37_lit.config import require
+from step37_lit.errors import require
 
 
 @dataclass(frozen=True)

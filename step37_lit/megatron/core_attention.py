@@ -18,7 +18,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from step37_lit.config import require
+from step37_lit.errors import require
 from step37_lit.megatron.context import ContextSeqParams, gather_row
 
 AttentionBackend = Literal["auto", "sdpa", "flash"]

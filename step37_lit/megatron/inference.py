@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor
 
 from step37_lit.batch import ImageForInsert, PackedBatch
-from step37_lit.config import require
+from step37_lit.errors import require
 from step37_lit.megatron.chunks import ModelChunks, chunks_of
 from step37_lit.megatron.matmul import PACKED_ROWS, grouped_matmul_of, matmul_of
 from step37_lit.model.experts import GroupedExperts

@@ -23,7 +23,7 @@ from typing import Any
 import torch.distributed as dist
 
 from step37_lit import __version__
-from step37_lit.config import UserError
+from step37_lit.errors import UserError
 
 PROJECT_PACKAGES = ["step37_lit", "datamodules", "callbacks"]
 LIBRARIES = ("torch", "lightning", "megatron-core")

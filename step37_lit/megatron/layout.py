@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from step37_lit.config import Step37Config, require
+from step37_lit.config import Step37Config
+from step37_lit.errors import require
 
 
 @dataclass(frozen=True)

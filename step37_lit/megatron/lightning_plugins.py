@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.plugins.precision import HalfPrecision, Precision
 from torch.optim import Optimizer
 
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 
 
 class MegatronPrecision(Precision):

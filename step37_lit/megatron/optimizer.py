@@ -23,7 +23,8 @@ from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_opti
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from torch import Tensor, nn
 
-from step37_lit.config import ConfigError, Step37Config, require
+from step37_lit.config import Step37Config
+from step37_lit.errors import ConfigError, require
 from step37_lit.hub.names import name_table
 from step37_lit.megatron import cuda_names
 from step37_lit.megatron.chunks import whole_names

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from megatron.core.utils import get_pg_rank, get_pg_size
 
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.model.step37_model import Step37Model
 
 

@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor, nn
 
 from step37_lit.batch import PackedBatch
-from step37_lit.config import require
+from step37_lit.errors import require
 from step37_lit.megatron import cuda_names
 from step37_lit.megatron.context import gather_row, split_row
 from step37_lit.model.packing import following

@@ -20,7 +20,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from step37_lit.checkpoint.tensors import Part, Sharded, TensorFolder
-from step37_lit.config import ConfigError, Step37Config
+from step37_lit.config import Step37Config
+from step37_lit.errors import ConfigError
 from step37_lit.hub.load import loadable_weights
 from step37_lit.hub.names import name_table
 from step37_lit.megatron.initialize import global_name

@@ -36,7 +36,8 @@ from torch.optim import Optimizer
 
 from step37_lit.batch import PackedBatch
 from step37_lit.checkpoint.manifest import VerifyMode
-from step37_lit.config import ConfigError, Step37Config, require
+from step37_lit.config import Step37Config
+from step37_lit.errors import ConfigError, require
 from step37_lit.megatron import data_parallel, launch, pack_exchange, process, schedule
 from step37_lit.megatron.checkpointing import CheckpointHooks
 from step37_lit.megatron.chunks import chunks_of, whole_names

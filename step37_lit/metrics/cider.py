@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torchmetrics.utilities import rank_zero_warn
 
-from step37_lit.config import require
+from step37_lit.errors import require
 from step37_lit.metrics.corpus import CaptionMetric, Corpus, Tokenizer
 from step37_lit.metrics.frequencies import DocumentFrequencies
 from step37_lit.metrics.ngrams import MAX_ORDER, CorpusNgrams, Counts, Order

@@ -8,7 +8,7 @@ from itertools import chain
 
 import numpy as np
 
-from step37_lit.config import require
+from step37_lit.errors import require
 from step37_lit.metrics.corpus import Tokenizer, check_references, check_tokenizer, tokenized
 from step37_lit.metrics.ngrams import CorpusNgrams, Sentences, find
 

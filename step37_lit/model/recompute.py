@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from step37_lit.config import require
+from step37_lit.errors import require
 
 RecomputeMode = Literal["none", "selective", "full"]
 Result = TypeVar("Result")

@@ -7,7 +7,8 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Literal
 
-from step37_lit.config import Step37Config, require
+from step37_lit.config import Step37Config
+from step37_lit.errors import require
 from step37_lit.flops import decoder_flops
 from step37_lit.planner.activations import ActivationTable
 from step37_lit.planner.estimate import chunk_flops

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from step37_lit.config import ConfigError, require
+from step37_lit.errors import ConfigError, require
 
 if TYPE_CHECKING:  # the help must not wait for torch
     from step37_lit.planner.recipe import Recipe

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from step37_lit.config import ConfigError, Step37Config, TextConfig, require
+from step37_lit.config import Step37Config, TextConfig
+from step37_lit.errors import ConfigError, require
 from step37_lit.megatron.layout import ParallelLayout
 
 

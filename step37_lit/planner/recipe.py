@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from step37_lit.config import ConfigError, Step37Config, require
+from step37_lit.config import Step37Config
+from step37_lit.errors import ConfigError, require
 from step37_lit.planner.layout import PlannedLayout
 from step37_lit.planner.weights import DType, Part
 from step37_lit.recipe import load_recipes

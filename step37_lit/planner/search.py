@@ -6,7 +6,8 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
-from step37_lit.config import ConfigError, Step37Config
+from step37_lit.config import Step37Config
+from step37_lit.errors import ConfigError
 from step37_lit.planner.activations import RECOMPUTED
 from step37_lit.planner.balance import Objective, balanced_split
 from step37_lit.planner.estimate import Plan, plan

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from step37_lit.config import ConfigError, Step37Config
+from step37_lit.config import Step37Config
+from step37_lit.errors import ConfigError
 from step37_lit.flops import decoder_flops, head_flops, mtp_flops
 from step37_lit.planner.layout import PlannedLayout
 from step37_lit.planner.weights import DType, Part, StateBytes, rank_weights, state_bytes

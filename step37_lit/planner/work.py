@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from step37_lit.config import Step37Config, require
+from step37_lit.config import Step37Config
+from step37_lit.errors import require
 from step37_lit.flops import Flops, decoder_flops, head_flops, mtp_flops, vision_flops
 from step37_lit.planner.weights import DType, Part
 

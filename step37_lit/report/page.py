@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.pages.render import render, write_page
 from step37_lit.pages.style import BASE_CSS
 from step37_lit.report.axes import short

@@ -18,7 +18,7 @@ import numpy as np
 import yaml  # type: ignore[import-untyped]
 
 from step37_lit.checkpoint.folder import list_checkpoints
-from step37_lit.config import ConfigError, require
+from step37_lit.errors import ConfigError, require
 
 METRICS, CONFIG, BAD_SAMPLES, EXPERT_LOAD = "metrics.csv", "config.yaml", "bad_samples.jsonl", "expert_load.jsonl"
 CAPTIONS, CHECKPOINTS = "captions", "checkpoints"

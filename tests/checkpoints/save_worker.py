@@ -16,7 +16,7 @@ import torch
 from training import TinyData, module_arguments, trainer_arguments
 
 from step37_lit import MegatronStrategy, RunCheckpoints, Step37LitModule
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 
 
 class Steps(pl.Callback):

@@ -19,7 +19,7 @@ from step37_lit.checkpoint import folder
 from step37_lit.checkpoint.manifest import MANIFEST, hash_file, read_manifest, verify
 from step37_lit.checkpoint.metadata import read_metadata
 from step37_lit.checkpoint.tensors import Part, Sharded, TensorFolder, write_tensors
-from step37_lit.config import ConfigError
+from step37_lit.errors import ConfigError
 from step37_lit.megatron.checkpointing import TRAINING_FILE, read_training_state
 
 WEIGHT = torch.arange(60, dtype=torch.float32).view(10, 6)
