@@ -25,6 +25,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from step37_lit import run_checks
 from step37_lit.commands import INTERRUPTED, REQUEUE, USER_ERROR
 from step37_lit.errors import ConfigError, UserError
 from step37_lit.lit_module import Step37LitModule, megatron_strategy
@@ -161,7 +162,7 @@ class Step37CLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Everything that can be refused is refused here, before a process starts or a file is written."""
-        self.model.check(self.trainer, self.datamodule, fitting=self.subcommand == "fit")
+        run_checks.check(self.model, self.trainer, self.datamodule, fitting=self.subcommand == "fit")
         strategy = megatron_strategy(self.trainer)
         plain = json.loads(self.parser.dump(self.config, skip_none=False, format="json"))[self.subcommand]
         plain.pop("config", None)  # paths, as this rank was given them
@@ -183,7 +184,7 @@ class Step37CLI(LightningCLI):
         """Prints the plan. The first Ctrl-C ends training behind the current step on all ranks; the second at once.
         SIGUSR1, with which SLURM tells that a job's time is nearly over, does what the first one does."""
         if self.trainer.is_global_zero:
-            print(short_form(*self.model.planned(self.trainer)), flush=True)
+            print(short_form(*run_checks.planned(self.model, self.trainer)), flush=True)
 
         def stop(number: int, frame: FrameType | None) -> None:
             self.trainer.strategy.stop_requested = True

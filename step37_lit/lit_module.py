@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.accelerators import CUDAAccelerator
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -20,7 +19,7 @@ from step37_lit.errors import ConfigError, require
 from step37_lit.evaluation import EvaluationSums, swap_images
 from step37_lit.flops import training_flops
 from step37_lit.hub.config_writer import hub_facts
-from step37_lit.initial_weights import check_initial_weights, load_initial_weights, read_initial_config
+from step37_lit.initial_weights import load_initial_weights, read_initial_config
 from step37_lit.lr_schedule import WarmupCosine
 from step37_lit.megatron import process
 from step37_lit.megatron.build import build_stage
@@ -30,9 +29,6 @@ from step37_lit.megatron.layout import ParallelLayout
 from step37_lit.megatron.optimizer import AdamWSettings, check_patterns
 from step37_lit.megatron.schedule import StepResult
 from step37_lit.megatron.strategy import MegatronStrategy
-from step37_lit.planner.layout import PlannedLayout
-from step37_lit.planner.short import refuse_too_large
-from step37_lit.planner.weights import DType, Part
 from step37_lit.throughput import StepTimer, measure_gemm_peak
 
 
@@ -143,61 +139,14 @@ class Step37LitModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.strategy.build_optimizer(self.adamw)
-        scheduler = LambdaLR(optimizer, self._lr_factor(self.trainer.max_steps))
+        scheduler = LambdaLR(optimizer, self.lr_factor(self.trainer.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _lr_factor(self, max_steps: int) -> WarmupCosine:
+    def lr_factor(self, max_steps: int) -> WarmupCosine:
+        """Factor on the learning rate by step; raises `ConfigError` where the schedule has no end."""
         total = self.decay_steps if self.decay_steps is not None else max_steps
         require(total > 0, "model.decay_steps", "a number of steps where trainer.max_steps is not set", total)
         return WarmupCosine(self.warmup_steps, total, self.min_lr_factor)
-
-    def check(self, trainer: pl.Trainer, datamodule: pl.LightningDataModule | None, fitting: bool) -> None:
-        """Refuses a run that cannot work, before anything is written.
-
-        Raises:
-            ConfigError: names the field of the recipe.
-        """
-        strategy = megatron_strategy(trainer)
-        strategy.check(self.config, trainer, fitting)
-        if self.init_from is not None:
-            check_initial_weights(self.config, self.init_from)
-        if fitting:
-            if isinstance(trainer.accelerator, CUDAAccelerator):
-                refuse_too_large(*self.planned(trainer), torch.cuda.get_device_properties(0).total_memory)
-            self._lr_factor(trainer.max_steps)
-            for callback in trainer.callbacks:
-                if hasattr(callback, "check"):
-                    callback.check(trainer, self)
-        if datamodule is not None and hasattr(datamodule, "check"):
-            ranks = strategy.layout.data_parallel_size(trainer.world_size)
-            datamodule.check(ranks)
-            if hasattr(datamodule, "microbatches"):
-                strategy.layout.check_microbatches(datamodule.microbatches, ranks, "data.microbatches")
-        if datamodule is not None and hasattr(datamodule, "row_length"):
-            strategy.layout.check_row(*datamodule.row_length)
-        if datamodule is not None and hasattr(datamodule, "config"):  # data made for a model: it must be this one
-            theirs, own = datamodule.config, self.config
-            require(theirs.tokens == own.tokens, "data: special tokens", own.tokens, theirs.tokens)
-            require(
-                theirs.vision.image_size == own.vision.image_size,
-                "data: image size",
-                f"{own.vision.image_size} (model.vision.image_size)",
-                theirs.vision.image_size,
-            )
-            require(
-                theirs.text.vocab_size <= own.text.vocab_size,
-                "data: vocabulary",
-                f"at most {own.text.vocab_size} (model.text.vocab_size)",
-                theirs.text.vocab_size,
-            )
-
-    def planned(self, trainer: pl.Trainer) -> tuple[Step37Config, PlannedLayout, DType, frozenset[Part]]:
-        """What the planner needs to know of a run."""
-        strategy = megatron_strategy(trainer)
-        layout = PlannedLayout.of(strategy.layout, trainer.world_size)
-        parts: tuple[Part, ...] = ("language", "vision", "projection")
-        frozen = frozenset(part for part, is_frozen in zip(parts, self.frozen, strict=True) if is_frozen)
-        return self.config, layout, "bf16" if strategy.dtype == torch.bfloat16 else "fp32", frozen
 
     # ---- training ----
 
