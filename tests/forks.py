@@ -107,6 +107,7 @@ def _run(function: Callable[..., int | None], args: tuple, cwd: str, log: str, e
         os.close(file)
     os.environ.update(environment)
     os.chdir(cwd)
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # may have loader workers
     import torch
 
     torch.set_num_threads(1)
@@ -114,8 +115,13 @@ def _run(function: Callable[..., int | None], args: tuple, cwd: str, log: str, e
         code = function(*args) or 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
+    except KeyboardInterrupt:
+        code = -signal.SIGINT
     except BaseException:
         traceback.print_exc()
         code = 1
     sys.stdout.flush(), sys.stderr.flush()
+    if code == -signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     os._exit(code)  # as a command's process ends; nothing of the server's is cleaned up here
