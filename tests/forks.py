@@ -1,4 +1,4 @@
-"""Processes forked from one that has imported torch, Lightning and megatron already: a run starts in a tenth of a second.
+"""Processes forked from one that has imported torch, Lightning and megatron already, which takes ten seconds.
 
 The server is Python's own (`multiprocessing`, start method `forkserver`); it ends with the process that started it.
 """

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from tests.forks import PATIENCE
+from tests.reliability.atomic_save import SAVING
 from tests.reliability.figure import Figure
 from tests.reliability.runs import LOADING, STEP, VALIDATION, Place, compare, debris, make_set, phases_file
 
@@ -51,11 +52,12 @@ def kill(place: Place, aim: str, draw: random.Random) -> str | None:
     file = phases_file(place.ledger)
     before = file.stat().st_size if file.exists() else 0
     wanted = draw.randint(1, 6) if aim == "step" else 1
-    child, deadline = place.start(), time.monotonic() + PATIENCE
+    begun, deadline = time.time_ns(), time.monotonic() + PATIENCE
+    child = place.start()
 
     def reached() -> bool:
         if aim == "save":
-            return half_written(place)
+            return saving(place, begun)
         return file.exists() and file.read_bytes()[before:].count(AIMS[aim]) >= wanted
 
     try:
@@ -68,10 +70,14 @@ def kill(place: Place, aim: str, draw: random.Random) -> str | None:
     if child.process.exitcode == 0:
         return None
     assert child.process.exitcode == -9, child.done().err
-    if half_written(place):
+    if saving(place, begun):
         return "save"
     return {LOADING: "load", STEP: "step", VALIDATION: "validation"}.get(place.phase(), "moment between")
 
 
-def half_written(place: Place) -> bool:
-    return any(place.checkpoints.glob(".step_*.part"))
+def saving(place: Place, since: int) -> bool:
+    """Whether a save is or was under way that began behind `since` (ns); the next one removes what is older."""
+    try:
+        return any(path.stat().st_ctime_ns > since for path in place.checkpoints.glob(SAVING))
+    except FileNotFoundError:  # it has just got its name
+        return False
