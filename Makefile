@@ -7,7 +7,7 @@ RECIPE ?= recipes/scenes_tiny.yaml
 # Processes of `make test`, each with one thread; a file's tests share one, as they share what was made for them.
 WORKERS ?= 2
 
-.PHONY: fit test test-slow checks mutations layouts clean
+.PHONY: fit test test-slow checks mutations layouts reliability clean
 
 # The main job: a small Step-3.7 learns to describe rendered pictures.
 fit: $(VENV)/.run
@@ -33,6 +33,10 @@ mutations: $(VENV)/.dev
 # Every layout on up to four ranks against one rank; writes the table of docs/layouts.md.
 layouts: $(VENV)/.dev
 	$(BIN)/python -W ignore tests/layouts/table.py $(ARGS)
+
+# Every promise of docs/reliability.md at its full count; writes the figures there.
+reliability: $(VENV)/.dev
+	$(BIN)/python -W ignore tests/reliability/run.py $(ARGS)
 
 clean:
 	rm -rf $(VENV)
