@@ -26,8 +26,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from step37_lit import run_checks
-from step37_lit.commands import INTERRUPTED, REQUEUE, USER_ERROR
+from step37_lit.commands import FAULT, INTERRUPTED, REQUEUE, USER_ERROR
 from step37_lit.errors import ConfigError, UserError
+from step37_lit.faults import TrainingFault
 from step37_lit.lit_module import Step37LitModule, megatron_strategy
 from step37_lit.megatron.launch import PROJECT_PACKAGES
 from step37_lit.planner.short import short_form
@@ -233,7 +234,8 @@ def run(args: list[str]) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0, 2 for a mistake of the user's (one line on stderr), 130 for Ctrl-C, 75 for SIGUSR1.
+        The exit code: 0, 2 for a mistake of the user's (one line on stderr), 65 for a fault of training (the same), 130
+        for Ctrl-C, 75 for SIGUSR1.
     """
     for name in LIGHTNING_LOGGERS:  # which device was found is not news, and an error is one line
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -242,6 +244,10 @@ def run(args: list[str]) -> int:
     except (UserError, MisconfigurationException, ArgumentError) as error:
         print(f"error: {one_line(error, args)}", file=sys.stderr)
         return USER_ERROR
+    except TrainingFault as fault:
+        if rank_zero_only.rank == 0:  # all ranks have the same line
+            print(f"fault: {fault}", file=sys.stderr)
+        return FAULT
     if not cli.interrupted:
         return 0
     return REQUEUE if cli.stop_signal == signal.SIGUSR1 else INTERRUPTED

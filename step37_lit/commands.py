@@ -17,9 +17,11 @@ COMMANDS = {
     "report": "step37_lit.report_command",
     "plan": "step37_lit.planner.command",
     "convert": "step37_lit.convert_command",
+    "replay": "step37_lit.replay_command",
 }
 USER_ERROR = 2
 INTERRUPTED = 130
+FAULT = 65  # sysexits' EX_DATAERR: a step that is not finite, or a spike
 REQUEUE = 75  # sysexits' EX_TEMPFAIL: start it again
 
 

@@ -18,6 +18,7 @@ from step37_lit.config import Step37Config
 from step37_lit.errors import ConfigError, require
 from step37_lit.evaluation import EvaluationSums, swap_images
 from step37_lit.flops import training_flops
+from step37_lit.guard import StepGuard
 from step37_lit.hub.config_writer import hub_facts
 from step37_lit.initial_weights import load_initial_weights, read_initial_config
 from step37_lit.lr_schedule import WarmupCosine
@@ -29,6 +30,7 @@ from step37_lit.megatron.layout import ParallelLayout
 from step37_lit.megatron.optimizer import AdamWSettings, check_patterns
 from step37_lit.megatron.schedule import StepResult
 from step37_lit.megatron.strategy import MegatronStrategy
+from step37_lit.spikes import SpikeAction
 from step37_lit.throughput import StepTimer, measure_gemm_peak
 
 
@@ -37,7 +39,8 @@ class Step37LitModule(pl.LightningModule):
 
     Logged at every optimizer step: `train/loss` (per token of the global batch), `train/grad_norm` (before clipping),
     `train/tokens_per_second`, `train/images_per_second`, `train/mfu` (share of the process's own GEMM peak),
-    `train/padding` (share of positions that are padding), `train/data_wait` (share of the time spent waiting for a
+    `train/padding` (share of positions that are padding), `train/skipped_steps` (so far, with `spike_action` skip),
+    `train/data_wait` (share of the time spent waiting for a
     loader that counts it, as this project's do), and with `text.mtp` `train/mtp_loss_1`, ... (of each MTP layer, per
     token that it learns; not in `train/loss`). Logged by an evaluation: `val/loss` (per token of the whole
     split) and, where the data names attribute words, `val/attribute_accuracy` and one value for each kind.
@@ -61,6 +64,9 @@ class Step37LitModule(pl.LightningModule):
         freeze_language_model: Keep the text decoder as it is.
         freeze_vision_model: Keep the vision tower as it is.
         freeze_vision_projection: Keep the projector as it is.
+        spike_factors: A step whose `loss` or `grad_norm` is above this many times its median over the last 100 steps is
+            a spike: `{loss: 2.0, grad_norm: 10.0}`. Null watches neither; what is not finite stops a run in any case.
+        spike_action: `stop` the run at a spike, with a dump of the batch; or `skip` the step, up to three in a row.
         eval_suffixes: Suffix of the logged names for each of the data module's evaluation loaders.
         swap_images: Evaluate with each picture replaced by another sample's, to see what the pictures are worth.
         seed: Of the random initial weights.
@@ -85,6 +91,8 @@ class Step37LitModule(pl.LightningModule):
         freeze_language_model: bool = False,
         freeze_vision_model: bool = False,
         freeze_vision_projection: bool = False,
+        spike_factors: dict[str, float] | None = None,
+        spike_action: SpikeAction = "stop",
         eval_suffixes: tuple[str, ...] = ("", "_seen"),
         swap_images: bool = False,
         seed: int = 0,
@@ -101,8 +109,10 @@ class Step37LitModule(pl.LightningModule):
         self.warmup_steps, self.decay_steps, self.min_lr_factor = warmup_steps, decay_steps, min_lr_factor
         self.frozen = (freeze_language_model, freeze_vision_model, freeze_vision_projection)
         self.eval_suffixes, self.swap_images, self.seed = eval_suffixes, swap_images, seed
+        self.guard = StepGuard(self.config, spike_factors or {}, spike_action)
         self.gemm_peak: float | None = None
         self._timer = StepTimer()
+        self._packs: list[PackedBatch] = []
         self._result: StepResult | None = None
         self._evaluations: dict[int, EvaluationSums] = {}
         self._random_states: dict[str, Any] | None = None
@@ -139,6 +149,7 @@ class Step37LitModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.strategy.build_optimizer(self.adamw)
+        optimizer.admits = self._admits
         scheduler = LambdaLR(optimizer, self.lr_factor(self.trainer.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -163,19 +174,17 @@ class Step37LitModule(pl.LightningModule):
 
     def training_step(self, batch: list[PackedBatch], batch_idx: int) -> Tensor:
         """Forward and backward of one global step; returns the loss of the global batch, 0-dim fp64, detached."""
-        self._result = self.strategy.train_step(batch)
+        self._packs, self._result = batch, self.strategy.train_step(batch)
         self.trainer.should_stop |= self._result.stop  # here, so that callbacks know it when the step is done
         loss = self._result.loss
-        if not torch.isfinite(loss):
-            keys = [key for pack in batch for key in pack.sample_keys]
-            raise FloatingPointError(
-                f"step {self.global_step}: loss {loss.item()} on data-parallel rank "
-                f"{self.strategy.data_parallel_rank}, samples {keys}; the optimizer has not stepped"
-            )
         self.log("train/loss", loss.float(), on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
         for layer, mtp_loss in enumerate(self._result.mtp_losses, start=1):
             self.log(f"train/mtp_loss_{layer}", mtp_loss.float(), on_step=True, on_epoch=False, batch_size=1)
         return loss
+
+    def _admits(self, grad_norm: float) -> bool:
+        assert self._result is not None
+        return self.guard.admits(self.strategy, self._packs, self._result, grad_norm)
 
     def on_train_batch_end(self, outputs: Any, batch: list[PackedBatch], batch_idx: int) -> None:
         result = self._result
@@ -189,6 +198,8 @@ class Step37LitModule(pl.LightningModule):
             "train/mfu": flops / seconds / self.gemm_peak,
             "train/padding": 1.0 - result.tokens / result.row_tokens,
         }
+        if self.guard.spikes.action == "skip":
+            values["train/skipped_steps"] = float(self.guard.spikes.skipped)
         if self._counts_waiting:
             values["train/data_wait"] = waited / seconds
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
@@ -250,11 +261,14 @@ class Step37LitModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["random_states"] = self.strategy.random_states()
+        checkpoint["spikes"] = self.guard.spikes.state_dict()
         processor, prompt = (getattr(self.trainer.datamodule, name, None) for name in ("processor", "prompt"))
         checkpoint[saved_model.ENTRY] = saved_model.description(self.config, processor, prompt)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._random_states = checkpoint["random_states"]
+        if "spikes" in checkpoint:  # not in those of weights and of earlier versions
+            self.guard.spikes.load_state_dict(checkpoint["spikes"])
 
 
 def megatron_strategy(trainer: pl.Trainer) -> MegatronStrategy:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class CheckpointHooks:
 
     layout: ParallelLayout
     lightning_module: Any
+    broadcast: Callable[..., Any]
     optimizers: list[Any]
     verify: VerifyMode
 
@@ -76,7 +77,7 @@ class CheckpointHooks:
 
     def random_states(self) -> dict[str, Any]:
         """Generators of every rank and the layout that they are of; all ranks must call it."""
-        return {"layout": self._described_layout(), "ranks": self.gather_from_all_ranks(random_state.collect())}
+        return {"layout": self.described_layout(), "ranks": self.gather_from_all_ranks(random_state.collect())}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Starts a save in the background while training runs, else saves; all ranks must call it.
@@ -101,16 +102,36 @@ class CheckpointHooks:
         if whole:
             tensors[OPTIMIZER] = parts.optimizer(self.optimizers[0], writing=True)
             files[TRAINING_FILE] = _plain_bytes(checkpoint)
-        described = {
-            "kind": "training" if whole else "weights",
-            "step": trainer.global_step,
-            "epoch": trainer.current_epoch,
-            "layout": self._described_layout(),
-            "dtype": str(self.lightning_module.strategy.dtype).removeprefix("torch."),
-        }
+        described = self._described("training" if whole else "weights")
         self.saver.save(Job(Path(filepath).absolute(), tensors, files, described, points=whole))
         if trainer.state.fn != TrainerFn.FITTING or trainer.state.status != TrainerStatus.RUNNING:
             self.saver.wait()
+
+    def _described(self, kind: str) -> dict[str, Any]:
+        trainer: pl.Trainer = self.lightning_module.trainer
+        return {
+            "kind": kind,
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "layout": self.described_layout(),
+            "dtype": str(self.lightning_module.strategy.dtype).removeprefix("torch."),
+        }
+
+    def save_weights_of(self, rank: int, filepath: Path) -> None:
+        """Writes the weights as `rank` has them, in a checkpoint of weights; all ranks must call it between two steps.
+
+        Where ranks should have the same part of a weight and do not, `rank`'s is taken.
+
+        Raises:
+            ConfigError: the disk has no room for it, or cannot be written to.
+        """
+        parts = OwnParts(chunks_of(self.lightning_module.model))
+        own = {name: place.replica for name, place in parts.places.items()}
+        writers = self.broadcast(own, src=rank)
+        files = saved_model.description(self.lightning_module.config, None, None)
+        tensors = {MODEL: parts.model(writing=True, writers=writers)}
+        self.saver.save(Job(filepath.absolute(), tensors, files, self._described("weights"), points=False))
+        self.saver.wait()
 
     def remove_checkpoint(self, filepath: Any) -> None:
         if dist.get_rank() == 0:
@@ -124,7 +145,8 @@ class CheckpointHooks:
         if not self.saver.failed:
             self.saver.wait(LAST_CHANCE)
 
-    def _described_layout(self) -> dict[str, Any]:
+    def described_layout(self) -> dict[str, Any]:
+        """Sizes of the parallel groups and of the world, as plain values."""
         plain = dataclasses.asdict(self.layout) | {"world_size": dist.get_world_size()}
         return json.loads(json.dumps(plain))  # as it comes back from a file
 
@@ -132,6 +154,17 @@ class CheckpointHooks:
         values: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
         return values
+
+    def together(self, action: Callable[[], object]) -> None:
+        """Runs `action` on every rank; the first error of any rank is raised on all."""
+        error: Exception | None = None
+        try:
+            action()
+        except Exception as found:
+            error = found
+        for each in self.gather_from_all_ranks(error):
+            if each is not None:
+                raise each
 
     # ---- loading ----
 
@@ -224,7 +257,7 @@ class CheckpointHooks:
 
     def restore_random_state(self, states: dict[str, Any]) -> None:
         """Puts the generators where they were; in another layout they begin anew, as there is no same one."""
-        if states["layout"] == self._described_layout():
+        if states["layout"] == self.described_layout():
             random_state.restore(states["ranks"][dist.get_rank()])
 
 

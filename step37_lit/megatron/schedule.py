@@ -23,6 +23,7 @@ from step37_lit.batch import PackedBatch
 from step37_lit.errors import require
 from step37_lit.megatron import cuda_names
 from step37_lit.megatron.context import gather_row, split_row
+from step37_lit.megatron.finite import StepWatch
 from step37_lit.model.packing import following
 
 
@@ -38,6 +39,7 @@ class StepResult:
         row_tokens: Tokens of the packs, with padding.
         images: Images of all sizes.
         stop: Whether any rank asked to end training.
+        finite: Whether all that the ranks' `watch` saw is finite.
     """
 
     loss: Tensor
@@ -47,6 +49,7 @@ class StepResult:
     row_tokens: int
     images: int
     stop: bool
+    finite: bool
 
 
 def run_schedule(
@@ -91,20 +94,35 @@ def run_schedule(
         )
 
 
-def train_step(chunks: Sequence[nn.Module], microbatches: Sequence[PackedBatch], stop: bool = False) -> StepResult:
+def train_step(
+    chunks: Sequence[nn.Module],
+    microbatches: Sequence[PackedBatch],
+    stop: bool = False,
+    watch: StepWatch | None = None,
+) -> StepResult:
     """Forward and backward of a global step; gradients end up in megatron's buffers, reduced and normalised.
 
     Args:
         chunks: megatron's DDP around each chunk of this rank's stage (`data_parallel.wrap`).
         microbatches: This data-parallel rank's packs.
         stop: This rank asks to end training; the answer of all ranks travels with the counts, so all end together.
+        watch: Sees the step; its answer travels with the counts too.
     """
     config: Any = chunks[0].config
     text = config.step37.text
     layers = text.num_built_mtp_layers
     weights = _loss_weights(microbatches, layers, text.mtp_loss_weight)
-    sums = run_schedule(chunks, microbatches, _losses, partial(_loss_sum, weights), forward_only=False)
-    counts = torch.zeros(4, dtype=torch.float64, device=microbatches[0].input_ids.device)
+
+    def forward(model: nn.Module, pack: PackedBatch) -> Tensor:
+        output = model(**pack.model_inputs(), with_mtp=True)
+        if watch is not None:
+            watch.see_output(model, output)
+        return output
+
+    if watch is not None:
+        watch.begin()
+    sums = run_schedule(chunks, microbatches, forward, partial(_loss_sum, weights), forward_only=False)
+    counts = torch.zeros(5, dtype=torch.float64, device=microbatches[0].input_ids.device)
     heads = torch.zeros(2, 1 + layers, dtype=torch.float64, device=counts.device)  # sums of the losses, tokens
     if sums and parallel_state.get_tensor_model_parallel_rank() == 0:  # tensor ranks have the same losses
         heads = torch.stack([torch.stack(of_pack) for of_pack in sums]).double().sum(0)
@@ -113,14 +131,16 @@ def train_step(chunks: Sequence[nn.Module], microbatches: Sequence[PackedBatch],
         counts[1] = sum(pack.input_ids.numel() for pack in microbatches)
         counts[2] = sum(pack.num_images for pack in microbatches)
     counts[3] = float(stop)
+    if watch is not None:
+        counts[4] = watch.end(sums)
     if dist.get_world_size() > 1:
         counts = torch.cat((counts, heads.flatten()))
         dist.all_reduce(counts)
-        heads = counts[4:].view_as(heads)
-    tokens, row_tokens, images, stops, learnt = (*counts[:4].tolist(), int(heads[1, 0]))
+        heads = counts[5:].view_as(heads)
+    tokens, row_tokens, images, stops, wrong, learnt = (*counts[:5].tolist(), int(heads[1, 0]))
     require(learnt > 0, "loss_mask of the global batch", "at least one learnt token", 0)
     means = heads[0] / heads[1]
-    return StepResult(means[0], means[1:], learnt, int(tokens), int(row_tokens), int(images), stops > 0)
+    return StepResult(means[0], means[1:], learnt, int(tokens), int(row_tokens), int(images), stops > 0, wrong == 0)
 
 
 def evaluate_step(
@@ -157,10 +177,6 @@ def _learnt(pack: PackedBatch, layers: int) -> Tensor:
     for _ in range(layers):
         masks.append(following(masks[-1], pack.cu_seqlens))
     return torch.stack(masks)
-
-
-def _losses(model: nn.Module, pack: PackedBatch) -> Tensor:
-    return model(**pack.model_inputs(), with_mtp=True)
 
 
 def _loss_sum(weights: Tensor, pack: PackedBatch, losses: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:

@@ -38,9 +38,11 @@ from step37_lit.batch import PackedBatch
 from step37_lit.checkpoint.manifest import VerifyMode
 from step37_lit.config import Step37Config
 from step37_lit.errors import ConfigError, require
+from step37_lit.faults import RankReport
 from step37_lit.megatron import data_parallel, launch, pack_exchange, process, schedule
 from step37_lit.megatron.checkpointing import CheckpointHooks
 from step37_lit.megatron.chunks import chunks_of, whole_names
+from step37_lit.megatron.finite import StepWatch
 from step37_lit.megatron.layout import ParallelLayout
 from step37_lit.megatron.lightning_plugins import MegatronPrecision
 from step37_lit.megatron.optimizer import AdamWSettings, ForwardingOptimizer
@@ -127,6 +129,7 @@ class MegatronStrategy(CheckpointHooks, DDPStrategy):
         # its name in the whole model. Parameters without one never train.
         self.part_of: Mapping[str, str] | None = None
         self.ddps: list[DistributedDataParallel] | None = None  # one for each chunk of this rank's stage
+        self.watch: StepWatch | None = None  # of `ddps`
         self._clip_grad = 0.0
         super().__init__(
             accelerator=accelerator,
@@ -205,10 +208,16 @@ class MegatronStrategy(CheckpointHooks, DDPStrategy):
             ddp.zero_grad_buffer()
         for optimizer in self.optimizers:
             optimizer.clear_gradients()
-        result = schedule.train_step(self.ddps, microbatches, self.stop_requested or self.saver.failed)
+        stop = self.stop_requested or self.saver.failed
+        result = schedule.train_step(self.ddps, microbatches, stop, self.watch)
         if result.stop:  # on all ranks: one that could not write its part has made them stop here
             self.saver.wait()
         return result
+
+    def report_step(self, microbatches: Sequence[PackedBatch]) -> list[RankReport]:
+        """What every rank has to say about the step that `train_step` has run, whose packs these are; collective."""
+        assert self.watch is not None, "report_step outside of fit"
+        return self.gather_from_all_ranks(self.watch.report(microbatches))
 
     def evaluate_step(self, microbatches: Sequence[PackedBatch]) -> list[tuple[PackedBatch, Tensor, Tensor]]:
         """Teacher-forced losses and most likely tokens on the last stage; see `schedule.evaluate_step`."""
@@ -304,6 +313,7 @@ class MegatronStrategy(CheckpointHooks, DDPStrategy):
                 for name, parameter in whole_names(model):
                     parameter.requires_grad_(name in self.part_of)
             self.ddps = data_parallel.wrap(model, self.overlap_data_parallel)
+            self.watch = StepWatch(self.ddps)
             self.setup_optimizers(trainer)
             for optimizer in self.optimizers:
                 if not isinstance(optimizer, ForwardingOptimizer):
