@@ -100,7 +100,7 @@ class StepWatch:
     @torch.no_grad()
     def report(self, packs: Sequence[PackedBatch]) -> RankReport:
         """What this rank has to say about the step, whose packs these are."""
-        norms = torch.stack([norm for chunk in self._norms for norm in chunk]).double()
+        norms = [float(norm) for chunk in self._norms for norm in chunk]
         losses = [tuple(zip(*(each.double().tolist() for each in of_pack), strict=True)) for of_pack in self._losses]
         parameters = [pair for ddp in self._ddps for pair in whole_names(ddp.module)]
         return RankReport(
@@ -113,8 +113,8 @@ class StepWatch:
             weight=self._first_weight(),
             output=self._first_output(),
             gradient=self._last_gradient(),
-            own_gradient=not bool(norms.isfinite().all()),
-            gradient_square=float(norms.square().sum()),
+            own_gradient=not all(map(math.isfinite, norms)),
+            gradient_square=sum(norm * norm for norm in norms),
             frozen=tuple(name for name, parameter in parameters if not parameter.requires_grad),
         )
 

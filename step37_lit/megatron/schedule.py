@@ -111,7 +111,7 @@ def train_step(
     config: Any = chunks[0].config
     text = config.step37.text
     layers = text.num_built_mtp_layers
-    weights = _loss_weights(microbatches, layers, text.mtp_loss_weight)
+    weights = loss_weights(microbatches, layers, text.mtp_loss_weight)
 
     def forward(model: nn.Module, pack: PackedBatch) -> Tensor:
         output = model(**pack.model_inputs(), with_mtp=True)
@@ -121,7 +121,7 @@ def train_step(
 
     if watch is not None:
         watch.begin()
-    sums = run_schedule(chunks, microbatches, forward, partial(_loss_sum, weights), forward_only=False)
+    sums = run_schedule(chunks, microbatches, forward, partial(loss_sum, weights), forward_only=False)
     counts = torch.zeros(5, dtype=torch.float64, device=microbatches[0].input_ids.device)
     heads = torch.zeros(2, 1 + layers, dtype=torch.float64, device=counts.device)  # sums of the losses, tokens
     if sums and parallel_state.get_tensor_model_parallel_rank() == 0:  # tensor ranks have the same losses
@@ -155,7 +155,7 @@ def evaluate_step(
     return run_schedule(chunks, microbatches, _logits, _loss_and_argmax, forward_only=True)
 
 
-def _loss_weights(microbatches: Sequence[PackedBatch], layers: int, mtp_loss_weight: float) -> Tensor:
+def loss_weights(microbatches: Sequence[PackedBatch], layers: int, mtp_loss_weight: float) -> Tensor:
     """[1 + layers] fp32: what the sum of each head's losses counts in the sum that is differentiated.
 
     megatron divides that sum by the learnt tokens of the main head, so an MTP layer's is scaled to its own, which are
@@ -179,7 +179,9 @@ def _learnt(pack: PackedBatch, layers: int) -> Tensor:
     return torch.stack(masks)
 
 
-def _loss_sum(weights: Tensor, pack: PackedBatch, losses: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+def loss_sum(weights: Tensor, pack: PackedBatch, losses: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """What the model's losses [1 + layers, T] of a pack come to: the scalar that is differentiated, the learnt tokens
+    of the main head (int32), and for each head the sum of its losses and its tokens."""
     learnt = split_row(_learnt(pack, len(losses) - 1), dim=1)
     totals, tokens = (losses * learnt).sum(1), learnt.sum(1)
     return (totals * weights).sum(), tokens[0].to(torch.int32), (totals.detach(), tokens)
