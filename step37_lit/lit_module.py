@@ -215,7 +215,6 @@ class Step37LitModule(pl.LightningModule):
     def training_step(self, batch: list[PackedBatch], batch_idx: int) -> Tensor:
         """Forward and backward of one global step; returns the loss of the global batch, 0-dim fp64, detached."""
         self._result = self.strategy.train_step(batch)
-        self.trainer.should_stop |= self._result.stop  # here, so that callbacks know it when the step is done
         loss = self._result.loss
         if not torch.isfinite(loss):
             keys = [key for pack in batch for key in pack.sample_keys]

@@ -24,6 +24,7 @@ from step37_lit.errors import require
 from step37_lit.megatron import cuda_names
 from step37_lit.megatron.context import gather_row, split_row
 from step37_lit.model.packing import following
+from step37_lit.signals import Stop
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class StepResult:
         tokens: Tokens of the samples, without padding.
         row_tokens: Tokens of the packs, with padding.
         images: Images of all sizes.
-        stop: Whether any rank asked to end training.
+        stop: Whether and why any rank asked to end training.
     """
 
     loss: Tensor
@@ -46,7 +47,7 @@ class StepResult:
     tokens: int
     row_tokens: int
     images: int
-    stop: bool
+    stop: Stop
 
 
 def run_schedule(
@@ -91,7 +92,7 @@ def run_schedule(
         )
 
 
-def train_step(chunks: Sequence[nn.Module], microbatches: Sequence[PackedBatch], stop: bool = False) -> StepResult:
+def train_step(chunks: Sequence[nn.Module], microbatches: Sequence[PackedBatch], stop: Stop = Stop.NONE) -> StepResult:
     """Forward and backward of a global step; gradients end up in megatron's buffers, reduced and normalised.
 
     Args:
@@ -104,7 +105,7 @@ def train_step(chunks: Sequence[nn.Module], microbatches: Sequence[PackedBatch],
     layers = text.num_built_mtp_layers
     weights = _loss_weights(microbatches, layers, text.mtp_loss_weight)
     sums = run_schedule(chunks, microbatches, _losses, partial(_loss_sum, weights), forward_only=False)
-    counts = torch.zeros(4, dtype=torch.float64, device=microbatches[0].input_ids.device)
+    counts = torch.zeros(3 + len(Stop), dtype=torch.float64, device=microbatches[0].input_ids.device)
     heads = torch.zeros(2, 1 + layers, dtype=torch.float64, device=counts.device)  # sums of the losses, tokens
     if sums and parallel_state.get_tensor_model_parallel_rank() == 0:  # tensor ranks have the same losses
         heads = torch.stack([torch.stack(of_pack) for of_pack in sums]).double().sum(0)
@@ -112,15 +113,17 @@ def train_step(chunks: Sequence[nn.Module], microbatches: Sequence[PackedBatch],
         counts[0] = sum(pack.num_tokens for pack in microbatches)
         counts[1] = sum(pack.input_ids.numel() for pack in microbatches)
         counts[2] = sum(pack.num_images for pack in microbatches)
-    counts[3] = float(stop)
+    counts[3 + stop] = 1.0
     if dist.get_world_size() > 1:
-        counts = torch.cat((counts, heads.flatten()))
-        dist.all_reduce(counts)
-        heads = counts[4:].view_as(heads)
-    tokens, row_tokens, images, stops, learnt = (*counts[:4].tolist(), int(heads[1, 0]))
+        flat = torch.cat((counts, heads.flatten()))
+        dist.all_reduce(flat)
+        counts, heads = flat[: len(counts)], flat[len(counts) :].view_as(heads)
+    tokens, row_tokens, images, *stops = counts.tolist()
+    learnt = int(heads[1, 0])
     require(learnt > 0, "loss_mask of the global batch", "at least one learnt token", 0)
     means = heads[0] / heads[1]
-    return StepResult(means[0], means[1:], learnt, int(tokens), int(row_tokens), int(images), stops > 0)
+    asked = max(reason for reason, ranks in zip(Stop, stops, strict=True) if ranks)
+    return StepResult(means[0], means[1:], learnt, int(tokens), int(row_tokens), int(images), asked)
 
 
 def evaluate_step(
