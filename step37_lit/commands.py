@@ -8,6 +8,7 @@ import sys
 from jsonargparse import ArgumentError
 
 from step37_lit.errors import UserError
+from step37_lit.exit_codes import INTERRUPTED, USER_ERROR
 
 COMMANDS = {
     "shard": "datamodules.commands.shard",
@@ -19,10 +20,6 @@ COMMANDS = {
     "convert": "step37_lit.convert_command",
     "replay": "step37_lit.replay_command",
 }
-USER_ERROR = 2
-INTERRUPTED = 130
-FAULT = 65  # sysexits' EX_DATAERR: a step that is not finite, or a spike
-REQUEUE = 75  # sysexits' EX_TEMPFAIL: start it again
 
 
 def run(name: str, args: list[str]) -> int:

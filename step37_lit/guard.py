@@ -58,19 +58,20 @@ class StepGuard:
         if finite and spike is None:
             self.spikes.add(values)
             return True
-        assert strategy.watch is not None, "a step outside of fit"
-        step = strategy.lightning_module.trainer.global_step + 1
+        assert strategy.step_watch is not None, "a step outside of fit"
+        step = strategy.step
         reports = strategy.report_step(packs)
         fault = find_fault(step, reports, grad_norm) if spike is None else fault_of_spike(step, reports, spike)
         if fault is None:  # a sum of finite numbers that was none
             self.spikes.add(values)
             return True
-        strategy.watch.take_back()
+        strategy.step_watch.take_back()
         if spike is not None and self.spikes.may_skip():
             counts = f"{self.spikes.skipped_in_a_row} in a row, {self.spikes.skipped} in all"
             print_once(f"guard       {fault}; the step is left out ({counts})")
             return False
-        dump = self._dump(strategy, packs, values, reports, fault)
+        with strategy.progress.untimed("the dump of a fault"):
+            dump = self._dump(strategy, packs, values, reports, fault)
         raise TrainingFault(fault, f"{fault}; the optimizer has not stepped; {dump}")
 
     def _dump(
@@ -94,8 +95,8 @@ class StepGuard:
             **values,
         )
 
-        assert strategy.watch is not None
-        random = strategy.watch.random
+        assert strategy.step_watch is not None
+        random = strategy.step_watch.random
 
         def write() -> None:
             if strategy.reads_data and strategy.data_parallel_rank == fault.data_rank:

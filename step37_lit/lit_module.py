@@ -175,7 +175,6 @@ class Step37LitModule(pl.LightningModule):
     def training_step(self, batch: list[PackedBatch], batch_idx: int) -> Tensor:
         """Forward and backward of one global step; returns the loss of the global batch, 0-dim fp64, detached."""
         self._packs, self._result = batch, self.strategy.train_step(batch)
-        self.trainer.should_stop |= self._result.stop  # here, so that callbacks know it when the step is done
         loss = self._result.loss
         self.log("train/loss", loss.float(), on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
         for layer, mtp_loss in enumerate(self._result.mtp_losses, start=1):

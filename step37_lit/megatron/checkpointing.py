@@ -40,10 +40,12 @@ from step37_lit.errors import ConfigError, require
 from step37_lit.megatron import random_state
 from step37_lit.megatron.chunks import chunks_of
 from step37_lit.megatron.layout import ParallelLayout
+from step37_lit.megatron.rank_verdict import Progress
 from step37_lit.megatron.saver import LAST_CHANCE, CheckpointSaver, Job
 from step37_lit.megatron.sharding import MODEL, OPTIMIZER, OwnParts, load_optimizer, load_weights, steps_by_name
 
 TRAINING_FILE, RECIPE_FILE = "training.pt", "recipe.json"
+VALIDATION_DUE = "validation_due"  # an entry of TRAINING_FILE
 
 
 class CheckpointHooks:
@@ -54,6 +56,8 @@ class CheckpointHooks:
     broadcast: Callable[..., Any]
     optimizers: list[Any]
     verify: VerifyMode
+    progress: Progress
+    owes_validation: Callable[[], bool]
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
@@ -92,6 +96,10 @@ class CheckpointHooks:
         """
         if storage_options is not None:
             raise ConfigError("storage_options", "None (checkpoints are local folders)", storage_options)
+        with self.progress.untimed(f"a save to {filepath}"):
+            self._save(checkpoint, Path(filepath).absolute())
+
+    def _save(self, checkpoint: dict[str, Any], target: Path) -> None:
         trainer: pl.Trainer = self.lightning_module.trainer
         parts = OwnParts(chunks_of(self.lightning_module.model))
         tensors = {MODEL: parts.model(writing=True)}
@@ -101,9 +109,10 @@ class CheckpointHooks:
         whole = "optimizer_states" in checkpoint
         if whole:
             tensors[OPTIMIZER] = parts.optimizer(self.optimizers[0], writing=True)
+            checkpoint[VALIDATION_DUE] = self.owes_validation()
             files[TRAINING_FILE] = _plain_bytes(checkpoint)
         described = self._described("training" if whole else "weights")
-        self.saver.save(Job(Path(filepath).absolute(), tensors, files, described, points=whole))
+        self.saver.save(Job(target, tensors, files, described, points=whole))
         if trainer.state.fn != TrainerFn.FITTING or trainer.state.status != TrainerStatus.RUNNING:
             self.saver.wait()
 
@@ -138,7 +147,8 @@ class CheckpointHooks:
             self.saver.remove(Path(filepath).absolute())
 
     def on_train_end(self) -> None:
-        self.saver.wait()
+        with self.progress.untimed("the last save"):
+            self.saver.wait()
 
     def on_exception(self, exception: BaseException) -> None:
         """No save begins here, where other ranks may be gone; one that is under way gets a last chance."""
@@ -227,7 +237,9 @@ class CheckpointHooks:
         assert self._source is not None
         folder, manifest = self._source
         if manifest.kind == "training":
-            return read_training_state(folder)
+            state = read_training_state(folder)
+            self._validation_due = state.get(VALIDATION_DUE, False)  # checkpoints of earlier versions do not say
+            return state
         return {
             "pytorch-lightning_version": pl.__version__,
             "epoch": manifest.epoch,

@@ -25,6 +25,7 @@ from step37_lit.megatron import cuda_names
 from step37_lit.megatron.context import gather_row, split_row
 from step37_lit.megatron.finite import StepWatch
 from step37_lit.model.packing import following
+from step37_lit.signals import Stop
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class StepResult:
         tokens: Tokens of the samples, without padding.
         row_tokens: Tokens of the packs, with padding.
         images: Images of all sizes.
-        stop: Whether any rank asked to end training.
+        stop: Whether and why any rank asked to end training.
         finite: Whether all that the ranks' `watch` saw is finite.
     """
 
@@ -48,7 +49,7 @@ class StepResult:
     tokens: int
     row_tokens: int
     images: int
-    stop: bool
+    stop: Stop
     finite: bool
 
 
@@ -97,7 +98,7 @@ def run_schedule(
 def train_step(
     chunks: Sequence[nn.Module],
     microbatches: Sequence[PackedBatch],
-    stop: bool = False,
+    stop: Stop = Stop.NONE,
     watch: StepWatch | None = None,
 ) -> StepResult:
     """Forward and backward of a global step; gradients end up in megatron's buffers, reduced and normalised.
@@ -122,7 +123,7 @@ def train_step(
     if watch is not None:
         watch.begin()
     sums = run_schedule(chunks, microbatches, forward, partial(loss_sum, weights), forward_only=False)
-    counts = torch.zeros(5, dtype=torch.float64, device=microbatches[0].input_ids.device)
+    counts = torch.zeros(4 + len(Stop), dtype=torch.float64, device=microbatches[0].input_ids.device)
     heads = torch.zeros(2, 1 + layers, dtype=torch.float64, device=counts.device)  # sums of the losses, tokens
     if sums and parallel_state.get_tensor_model_parallel_rank() == 0:  # tensor ranks have the same losses
         heads = torch.stack([torch.stack(of_pack) for of_pack in sums]).double().sum(0)
@@ -130,17 +131,20 @@ def train_step(
         counts[0] = sum(pack.num_tokens for pack in microbatches)
         counts[1] = sum(pack.input_ids.numel() for pack in microbatches)
         counts[2] = sum(pack.num_images for pack in microbatches)
-    counts[3] = float(stop)
     if watch is not None:
-        counts[4] = watch.end(sums)
+        counts[3] = watch.end(sums)
+    counts[4 + stop] = 1.0
     if dist.get_world_size() > 1:
-        counts = torch.cat((counts, heads.flatten()))
-        dist.all_reduce(counts)
-        heads = counts[5:].view_as(heads)
-    tokens, row_tokens, images, stops, wrong, learnt = (*counts[:5].tolist(), int(heads[1, 0]))
+        flat = torch.cat((counts, heads.flatten()))
+        dist.all_reduce(flat)
+        counts, heads = flat[: len(counts)], flat[len(counts) :].view_as(heads)
+    tokens, row_tokens, images, wrong, *stops = counts.tolist()
+    learnt = int(heads[1, 0])
     require(learnt > 0, "loss_mask of the global batch", "at least one learnt token", 0)
     means = heads[0] / heads[1]
-    return StepResult(means[0], means[1:], learnt, int(tokens), int(row_tokens), int(images), stops > 0, wrong == 0)
+    asked = max(reason for reason, ranks in zip(Stop, stops, strict=True) if ranks)
+    numbers = (learnt, int(tokens), int(row_tokens), int(images))
+    return StepResult(means[0], means[1:], *numbers, asked, wrong == 0)
 
 
 def evaluate_step(
