@@ -224,8 +224,8 @@ def run(args: list[str]) -> int:
     """Runs one command.
 
     Returns:
-        The exit code, see `exit_codes`: 0, 2 for a mistake of the user's (one line on stderr), 65 for a fault of training
-        (the same), a signal's.
+        The exit code, see `exit_codes`: 0, 2 for a mistake of the user's and 65 for a fault of training (one line on
+        stderr), a signal's.
     """
     for name in LIGHTNING_LOGGERS:  # which device was found is not news, and an error is one line
         logging.getLogger(name).setLevel(logging.WARNING)

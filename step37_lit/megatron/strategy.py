@@ -38,7 +38,6 @@ from step37_lit.batch import PackedBatch
 from step37_lit.checkpoint.manifest import VerifyMode
 from step37_lit.config import Step37Config
 from step37_lit.errors import ConfigError, require
-from step37_lit.faults import RankReport
 from step37_lit.megatron import data_parallel, launch, pack_exchange, process, schedule
 from step37_lit.megatron.checkpointing import CheckpointHooks
 from step37_lit.megatron.chunks import chunks_of, whole_names
@@ -224,11 +223,6 @@ class MegatronStrategy(StopHooks, WatchHooks, CheckpointHooks, DDPStrategy):
             with self.progress.untimed("a wait for the last save"):
                 self.saver.wait()
         return result
-
-    def report_step(self, microbatches: Sequence[PackedBatch]) -> list[RankReport]:
-        """What every rank has to say about the step that `train_step` has run, whose packs these are; collective."""
-        assert self.step_watch is not None, "report_step outside of fit"
-        return self.gather_from_all_ranks(self.step_watch.report(microbatches))
 
     @property
     def step(self) -> int:
