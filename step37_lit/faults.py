@@ -104,12 +104,17 @@ class Fault:
     watched: str | None = None
 
     def __str__(self) -> str:
+        """What and where, without the samples."""
         of_stages = f"pipeline stage {self.stage} of {self.stages}"
         where = f"{'largest ' if self.kind == 'spike' else ''}on rank {self.rank}"
+        return f"step {self.step}: {self.what} {where} (data-parallel rank {self.data_rank}, {of_stages})"
+
+    @property
+    def samples(self) -> str:
+        """The keys, as a line shows them."""
         shown = ", ".join(map(repr, self.keys[:MOST_KEYS_SHOWN]))
         more = f" and {len(self.keys) - MOST_KEYS_SHOWN} more" if len(self.keys) > MOST_KEYS_SHOWN else ""
-        place = f"{where} (data-parallel rank {self.data_rank}, {of_stages})"
-        return f"step {self.step}: {self.what} {place}, samples {shown}{more}"
+        return f"samples {shown}{more}"
 
 
 class TrainingFault(Exception):

@@ -68,11 +68,11 @@ class StepGuard:
         strategy.step_watch.take_back()
         if spike is not None and self.spikes.may_skip():
             counts = f"{self.spikes.skipped_in_a_row} in a row, {self.spikes.skipped} in all"
-            print_once(f"guard       {fault}; the step is left out ({counts})")
+            print_once(f"guard       {fault}; the step is left out ({counts}); {fault.samples}")
             return False
         with strategy.progress.untimed("the dump of a fault"):
             dump = self._dump(strategy, packs, values, reports, fault)
-        raise TrainingFault(fault, f"{fault}; the optimizer has not stepped; {dump}")
+        raise TrainingFault(fault, f"{fault}; the optimizer has not stepped; {dump}; {fault.samples}")
 
     def _dump(
         self,

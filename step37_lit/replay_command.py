@@ -81,5 +81,6 @@ def main(args: list[str]) -> int:
     if replay.gradient is not None:
         print(f"not finite  first gradient: {replay.gradient}")
     again = replay.reproduces(dump.fault)
-    print(f"reproduced  {'yes' if again else 'no'}: {dump.fault.what}")
+    verdict = "yes" if again else "no, neither these samples nor these weights bring it back"
+    print(f"reproduced  {verdict}: {dump.fault.what}")
     return 0 if again else NOT_REPRODUCED

@@ -147,7 +147,7 @@ def test_a_loss_that_is_not_a_number_stops_before_the_step(tmp_path: Path) -> No
                     lit.model.output_layer.weight[3, 3] = float("nan")
 
     with pytest.raises(
-        TrainingFault, match=r"step 3: weight output_layer\.weight not finite \(1 of .* samples '24', '25'"
+        TrainingFault, match=r"step 3: weight output_layer\.weight not finite \(1 of .*; samples '24', '25'"
     ):
         fit(tmp_path, 5, [Poison()])
 
