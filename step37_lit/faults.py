@@ -106,8 +106,8 @@ class Fault:
     def __str__(self) -> str:
         """What and where, without the samples."""
         of_stages = f"pipeline stage {self.stage} of {self.stages}"
-        where = f"{'largest ' if self.kind == 'spike' else ''}on rank {self.rank}"
-        return f"step {self.step}: {self.what} {where} (data-parallel rank {self.data_rank}, {of_stages})"
+        where = f"{', largest' if self.kind == 'spike' else ''} on rank {self.rank}"
+        return f"step {self.step}: {self.what}{where} (data-parallel rank {self.data_rank}, {of_stages})"
 
     @property
     def samples(self) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from step37_lit import saved_model
+from step37_lit import determinism, saved_model
 from step37_lit.batch import PackedBatch
 from step37_lit.config import Step37Config
 from step37_lit.errors import ConfigError, require
@@ -24,7 +24,7 @@ from step37_lit.initial_weights import load_initial_weights, read_initial_config
 from step37_lit.lr_schedule import WarmupCosine
 from step37_lit.megatron import process
 from step37_lit.megatron.build import build_stage
-from step37_lit.megatron.checkpointing import check_same_model
+from step37_lit.megatron.checkpointing import check_same_model, print_once
 from step37_lit.megatron.chunks import chunks_of
 from step37_lit.megatron.layout import ParallelLayout
 from step37_lit.megatron.optimizer import AdamWSettings, check_patterns
@@ -162,6 +162,8 @@ class Step37LitModule(pl.LightningModule):
     # ---- training ----
 
     def on_train_start(self) -> None:
+        if determinism.enabled():
+            print_once(determinism.described(self.device, self.trainer.world_size))
         if self.gemm_peak is None:
             self.gemm_peak = measure_gemm_peak(self.device, self.strategy.dtype)
 

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator
 
+from step37_lit import determinism
 from step37_lit.config import Step37Config
 from step37_lit.errors import require
 from step37_lit.initial_weights import check_initial_weights
@@ -29,6 +30,7 @@ def check(
     if module.init_from is not None:
         check_initial_weights(module.config, module.init_from)
     if fitting:
+        determinism.check()
         if isinstance(trainer.accelerator, CUDAAccelerator):
             refuse_too_large(*planned(module, trainer), torch.cuda.get_device_properties(0).total_memory)
         module.lr_factor(trainer.max_steps)

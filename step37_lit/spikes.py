@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Mapping
@@ -40,8 +41,9 @@ class Spike:
         return self.factor * self.median
 
     def __str__(self) -> str:
-        times = f"{self.value / self.median:.3g} times" if self.median > 0 else "above"
-        compared = f"{times} the median {self.median:.4g} of the last {self.steps} steps (limit {self.factor:g})"
+        ratio = self.value / self.median if self.median > 0 else math.inf
+        times = f"{ratio:.3g}" if ratio < 1000 else f"{ratio:.0f}"
+        compared = f"{times} times the median {self.median:.4g} of the last {self.steps} steps (limit {self.factor:g})"
         return f"{WATCHED[self.name]} {self.value:.4g} is {compared}"
 
 
