@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -30,7 +30,7 @@ from step37_lit.checkpoint.folder import commit, staging
 from step37_lit.checkpoint.manifest import verify
 from step37_lit.config import Step37Config
 from step37_lit.errors import ConfigError, require
-from step37_lit.faults import Fault
+from step37_lit.faults import Fault, Kind
 from step37_lit.hub.fields import read_json_object
 
 FAULTS = "faults"  # in a run's folder
@@ -38,6 +38,7 @@ BATCH, WEIGHTS = "batch", "weights"
 FAULT_FILE, RECIPE_FILE = "fault.json", "recipe.json"
 ROW_TENSORS = ("input_ids", "labels", "loss_mask", "position_ids", "cu_seqlens")
 IMAGE_TENSORS = ("images", "image_features", "rope_cu_seqlens")
+DTYPES = ("float32", "bfloat16")
 RANDOM = "random."  # in front of the names of the generators' states
 
 
@@ -161,10 +162,24 @@ def read_dump(folder: Path) -> Dump:
     try:
         fault = Fault(**_with_tuples(plain["fault"]))
         circumstances = Circumstances(**_with_tuples(plain["circumstances"]))
+        _check_types(fault, circumstances, file)
         packs, random = _read_packs(folder / BATCH / f"rank_{fault.rank}", config)
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError("DUMP", "what a fault is described by", repr(error), file) from error
     return Dump(folder, fault, circumstances, config, packs, random)
+
+
+def _check_types(fault: Fault, circumstances: Circumstances, file: Path) -> None:
+    """Of what a file's name, a dtype or a decision is made of."""
+    rules = {
+        "fault.kind": (fault.kind in get_args(Kind), ", ".join(get_args(Kind)), fault.kind),
+        "fault.rank": (type(fault.rank) is int, "a rank", fault.rank),
+        "fault.limit": (type(fault.limit) is float or fault.kind != "spike", "a number", fault.limit),
+        "circumstances.dtype": (circumstances.dtype in DTYPES, " or ".join(DTYPES), circumstances.dtype),
+    }
+    for field, (holds, expected, found) in rules.items():
+        if not holds:
+            raise ConfigError(field, expected, found, file)
 
 
 def _with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:

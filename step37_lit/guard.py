@@ -83,28 +83,26 @@ class StepGuard:
         fault: Fault,
     ) -> str:
         """Writes the dump; gives what the line says of it."""
-        strategy.saver.wait()  # for the newest checkpoint
         run = Path(strategy.lightning_module.trainer.default_root_dir)
         folder = dump_folder(run, fault)
-        frozen = {name for report in reports for name in report.frozen}
-        circumstances = Circumstances(
-            dtype=str(strategy.dtype).removeprefix("torch."),
-            layout=strategy.described_layout(),
-            frozen=tuple(sorted(frozen)),
-            checkpoint=_newest_checkpoint(run, folder),
-            **values,
-        )
-
         assert strategy.step_watch is not None
         random = strategy.step_watch.random
 
         def write() -> None:
             if strategy.reads_data and strategy.data_parallel_rank == fault.data_rank:
-                dump = Dump(folder, fault, circumstances, self.config, list(packs), random)
-                write_batch(dump, strategy.recipe)
+                frozen = {name for report in reports for name in report.frozen}
+                circumstances = Circumstances(
+                    dtype=str(strategy.dtype).removeprefix("torch."),
+                    layout=strategy.described_layout(),
+                    frozen=tuple(sorted(frozen)),
+                    checkpoint=_newest_checkpoint(run, folder),
+                    **values,
+                )
+                write_batch(Dump(folder, fault, circumstances, self.config, list(packs), random), strategy.recipe)
 
         # A failure here is one of all ranks alike, and must not hide the fault.
         try:
+            strategy.saver.wait()  # for the newest checkpoint
             strategy.together(write)
         except Exception as error:
             return f"no dump: {error}"

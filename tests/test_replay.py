@@ -171,6 +171,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "expected a step that was not taken",
     ),
     "no fault": (lambda dump: edit(dump, FAULT_FILE, lambda _: b"{}"), "expected what a fault is described by"),
+    "a rank that is a path": (
+        lambda dump: edit(dump, FAULT_FILE, lambda text: text.replace(b'"rank": 0', b'"rank": "../../0"')),
+        "fault.rank: expected a rank",
+    ),
+    "a dtype that is none": (
+        lambda dump: edit(dump, FAULT_FILE, lambda text: text.replace(b'"float32"', b'"load"')),
+        "circumstances.dtype: expected float32 or bfloat16",
+    ),
     "no JSON": (lambda dump: edit(dump, "rank_0.json", lambda text: text[:-9]), "expected JSON"),
     "no tensors": (lambda dump: edit(dump, "rank_0.safetensors", lambda data: data[:50]), "expected safetensors"),
     "packs that cannot be": (

@@ -33,7 +33,7 @@ from tests.reliability.figure import Figure
 
 STEP, STEP_OF_SPIKE = 3, 25  # a spike needs a history
 PACK = 1  # that outputs are poisoned for, of a data-parallel rank's
-SPIKE_FACTORS = {"loss": 1.25, "grad_norm": 30.0}
+SPIKE_FACTORS = {"loss": 1.12, "grad_norm": 30.0}
 LABEL = 11  # that no sample has
 MOE = {"moe_layers": [1], "num_experts": 4, "top_k": 2, "expert_ffn_size": 32, "shared_expert_ffn_size": 32}
 NAMES = {"expert": "EP", "tensor": "TP", "pipeline": "PP", "context": "CP"}
@@ -80,16 +80,40 @@ class Case:
         return self.rank % (self.model_parallel // self.stages)
 
     @property
+    def data_rank(self) -> int:
+        return self.rank // (self.model_parallel // self.stages) % (self.ranks // self.model_parallel)
+
+    @property
+    def is_of_rank(self) -> bool:
+        """Whether the rank has it of its own, and not from others or like them."""
+        if self.kind in ("pixels", "spike of labels"):
+            return self.stage == self.of_stage == 0
+        if self.kind == "unused weight":
+            return self.stage == 0
+        return self.kind != "output" or self.of_stage == 0 or self.stage == self.stages - 1
+
+    @property
     def step(self) -> int:
         return STEP_OF_SPIKE if self.kind.startswith("spike") else STEP
 
     @property
     def is_in_dump(self) -> bool:
         """Whether the dump can bring it back: a hook that a test has set is not in it."""
-        return self.kind in ("weight", "pixels", "spike of labels")
+        return self.kind in ("weight", "unused weight", "pixels", "spike of labels")
+
+    @property
+    def weight(self) -> str:
+        """Part of the name of the weight that is concerned."""
+        names = {"unused weight": "word_embeddings", "gradient of a replicated weight": "pre_mlp_layernorm"}
+        return names.get(self.kind, "linear_fc1.weight")
 
 
-KINDS = ("weight", "output", "gradient", "pixels", "spike of labels", "spike of a gradient")
+# The unused weight is of a token that no sample has: neither loss nor gradients know of it. The norm of the gradients
+# has those of replicated weights from one tensor rank only.
+KINDS = (
+    "weight", "unused weight", "output", "gradient", "gradient of a replicated weight", "pixels", "spike of labels",
+    "spike of a gradient",
+)  # fmt: skip
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
     (2, {}),
@@ -112,20 +136,14 @@ SHORT = [
 
 
 def all_cases() -> list[Case]:
-    cases = []
-    for ranks, strategy in LAYOUTS:
-        for rank in range(ranks):
-            for kind in KINDS:
-                case = Case(kind, rank, ranks, strategy)
-                reads = case.stage == 0 and case.of_stage == 0
-                if (kind in ("pixels", "spike of labels") and not reads) or (
-                    kind == "output" and case.of_stage > 0 and case.stage < case.stages - 1
-                ):
-                    continue  # what the others get from this rank, or share with it
-                cases.append(case)
-                if kind in ("weight", "gradient"):
-                    cases.append(Case(kind, rank, ranks, strategy, "inf"))
-    return cases
+    cases = [
+        Case(kind, rank, ranks, strategy, value)
+        for ranks, strategy in LAYOUTS
+        for rank in range(ranks)
+        for kind in KINDS
+        for value in (("nan", "inf") if kind in ("weight", "gradient") else ("nan",))
+    ]
+    return [case for case in cases if case.is_of_rank]
 
 
 def measure(full: bool, seed: int, folder: Path) -> Figure:
@@ -180,7 +198,7 @@ def look_at_dump(case: Case, newest: Path, folder: Path) -> list[str]:
         wrong.append("the dump has other samples")
     before, at_fault = (runs.digests(checkpoint, parts=("model",)) for checkpoint in (newest, place / WEIGHTS))
     differing = [name for name in before if at_fault.get(name) != before[name]]
-    if len(differing) != (case.kind == "weight"):
+    if len(differing) != ("weight" in case.kind and case.is_in_dump):
         wrong.append(f"weights of the dump that are not the checkpoint's: {differing}")
     again = forks.call(forks.command, ["replay", str(place)], cwd=folder, log=folder / "replay")
     if again.code != (0 if case.is_in_dump else 1):
@@ -196,16 +214,16 @@ def expected_parts(case: Case, seen: Sequence[dict[str, Any]]) -> list[str]:
         "pixels": "loss nan " if case.stages == 1 else "output of pipeline stage 0 not finite ",
         "weight": f"weight {own['name']} not finite (1 of {own['size']} numbers) ",
         "gradient": f"gradient of {own['name']} not finite (1 of {own['size']} numbers) ",
+        "unused weight": f"weight {own['name']} not finite (1 of {own['size']} numbers) ",
+        "gradient of a replicated weight": f"gradient of {own['name']} not finite (1 of {own['size']} numbers) ",
         "spike of labels": "loss ",
         "spike of a gradient": "gradient norm ",
     }
     spike = case.kind.startswith("spike")
     start = f"fault: step {case.step}: {whats[case.kind]}"
-    where = (
-        f"on rank {case.rank} (data-parallel rank {own['data_rank']}, pipeline stage {case.stage} of {case.stages});"
-    )
+    where = f"on rank {case.rank} (data-parallel rank {case.data_rank}, pipeline stage {case.stage} of {case.stages});"
     if case.kind == "spike of labels":  # the losses are the last stage's
-        where = f"(data-parallel rank {own['data_rank']}, pipeline stage {case.stages - 1} of {case.stages});"
+        where = f"(data-parallel rank {case.data_rank}, pipeline stage {case.stages - 1} of {case.stages});"
     packs = [PACK] if case.kind in ("output", "pixels") else range(len(own["keys"]))
     keys = ", ".join(repr(key) for pack in packs for key in own["keys"][pack])
     return [start, where, "the optimizer has not stepped", "limit" if spike else "", f"; samples {keys}"]
@@ -270,19 +288,18 @@ class Poison(pl.Callback):
             return
         strategy, case = trainer.strategy, self.case
         self.seen["keys"] = [list(pack.sample_keys) for pack in batch]
-        self.seen["data_rank"] = strategy.data_parallel_rank
         value = float(case.value)
-        name, weight = next(pair for pair in whole_names(lit.model) if "linear_fc1.weight" in pair[0])
+        name, weight = next(pair for pair in whole_names(lit.model) if case.weight in pair[0])
         self.seen |= {"name": name, "size": weight.numel()}
         if case.kind == "spike of labels":
-            if strategy.data_parallel_rank == case.rank % (case.ranks // case.model_parallel):
+            if strategy.data_parallel_rank == case.data_rank:
                 for pack in batch:
                     pack.labels.fill_(LABEL)
         elif trainer.global_rank == case.rank:
-            if case.kind == "weight":
+            if case.kind in ("weight", "unused weight"):
                 with torch.no_grad():
                     weight.view(-1)[-1] = value
-            elif case.kind == "gradient":
+            elif case.kind in ("gradient", "gradient of a replicated weight"):
                 weight.register_hook(lambda gradient: with_value(gradient, value))
             elif case.kind == "spike of a gradient":
                 weight.register_hook(lambda gradient: 1e5 * gradient)
