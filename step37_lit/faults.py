@@ -125,13 +125,14 @@ class TrainingFault(Exception):
         self.fault = fault
 
 
-def find_fault(step: int, reports: Sequence[RankReport], grad_norm: float) -> Fault | None:
+def find_fault(step: int, reports: Sequence[RankReport], loss: float, grad_norm: float) -> Fault | None:
     """What is not finite and where it began; None where all is finite.
 
     Args:
         step: The step, from 1.
         reports: Of all ranks.
-        grad_norm: Over all of them.
+        loss: Of the global batch.
+        grad_norm: Over all ranks.
     """
     weights = [(each.weight.piece, each.weight.place, each.rank, each) for each in reports if each.weight is not None]
     if weights:
@@ -150,6 +151,8 @@ def find_fault(step: int, reports: Sequence[RankReport], grad_norm: float) -> Fa
     if gradients:
         report = min(gradients, key=_all_but_last)[-1]
         return _fault(step, reports, report, "gradient", f"gradient of {report.gradient}")
+    if not math.isfinite(loss):
+        raise RuntimeError(f"loss {loss} of losses that are finite: {[each.losses for each in reports]}")
     if not math.isfinite(grad_norm):
         report = max(reports, key=lambda each: each.gradient_square)
         what = f"gradient norm {grad_norm} (no gradient is, but the sum of their squares)"

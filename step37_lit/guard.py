@@ -61,7 +61,7 @@ class StepGuard:
         assert strategy.step_watch is not None, "a step outside of fit"
         step = strategy.step
         reports = strategy.gather_from_all_ranks(strategy.step_watch.report(packs))
-        fault = find_fault(step, reports, grad_norm) if spike is None else fault_of_spike(step, reports, spike)
+        fault = find_fault(step, reports, **values) if spike is None else fault_of_spike(step, reports, spike)
         if fault is None:  # a sum of finite numbers that was none
             self.spikes.add(values)
             return True

@@ -74,7 +74,9 @@ class Replay:
             return self.weight is not None
         if fault.kind in ("output", "loss"):
             return self.output is not None
-        return self.gradient is not None or not math.isfinite(self.grad_norm)
+        if fault.kind == "gradient":
+            return self.gradient is not None
+        return not self.grad_norm**2 <= torch.finfo(torch.float32).max  # as megatron sums up squares
 
 
 def load_model(dump: Dump, weights: Path | None) -> tuple[Step37Model, Path]:

@@ -31,7 +31,7 @@ def ranks(**changes: RankReport) -> list[RankReport]:
 
 
 def find(grad_norm: float = math.nan, **changes: dict) -> Fault | None:
-    return find_fault(7, ranks(**changes), grad_norm)
+    return find_fault(7, ranks(**changes), 2.0, grad_norm)
 
 
 NAN_LOSS = (GOOD, ((math.nan, 1.0),))
