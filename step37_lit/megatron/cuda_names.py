@@ -18,8 +18,8 @@ Why each stand-in is there (megatron-core 0.16; `tests/test_cuda_names.py` runs 
   CUDA's default generators directly. (Writing is queued by torch until there is CUDA; the model draws no numbers.)
 * `token_dispatcher.maybe_move_tensor_to_cpu`: splits of an all-to-all must be Python numbers; megatron leaves a CPU
   tensor as it is.
-* `mappings._gather_along_first_dim`, `_reduce_scatter_along_first_dim`: the ranks that share an expert's matrices have
-  different numbers of tokens, and gloo refuses an all-gather of different sizes. An all-to-all takes them.
+* `mappings._gather_along_first_dim`: the ranks that share an expert's matrices gather different numbers of tokens,
+  which gloo's all-gather refuses; an all-to-all takes them.
 
 `cpu_for_cuda` is the context for what no attribute can reach: literal `device="cuda"` and `Tensor.type()` in
 megatron's schedules, gradient clipping and optimizer. It is entered around those calls only, so that a user's own
@@ -37,7 +37,6 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
-_MAPPINGS: dict[str, Any] = {}  # megatron's own functions, by name
 
 
 class _Stream:
@@ -71,27 +70,19 @@ def _as_number_or_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool
 
 
 def _gather_along_first_dim(
-    input_: torch.Tensor, group: Any, output_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+    rows: torch.Tensor, group: Any, output_split_sizes: list[int] | None = None, use_global_buffer: bool = False
 ) -> torch.Tensor:
-    """megatron's function of this name; rows of each rank as many as `output_split_sizes` says."""
-    if output_split_sizes is None or group.size() == 1:
-        return _MAPPINGS["_gather_along_first_dim"](input_, group, output_split_sizes, use_global_buffer)
-    output = input_.new_empty((sum(output_split_sizes), *input_.shape[1:]))
-    same = input_.contiguous().repeat(group.size(), *(1 for _ in input_.shape[1:]))
-    dist.all_to_all_single(output, same, output_split_sizes, [len(input_)] * group.size(), group=group)
+    """megatron's function of this name; a buffer that is kept for the output would save nothing here."""
+    ranks = group.size()
+    if ranks == 1:
+        return rows
+    sizes = [len(rows)] * ranks if output_split_sizes is None else output_split_sizes
+    output = rows.new_empty((sum(sizes), *rows.shape[1:]))
+    if output_split_sizes is None:
+        dist.all_gather_into_tensor(output, rows.contiguous(), group=group)
+    else:
+        dist.all_to_all_single(output, torch.cat([rows] * ranks), sizes, [len(rows)] * ranks, group=group)
     return output
-
-
-def _reduce_scatter_along_first_dim(
-    input_: torch.Tensor, group: Any, input_split_sizes: list[int] | None = None, use_global_buffer: bool = False
-) -> torch.Tensor:
-    """megatron's function of this name; each rank gets as many rows as `input_split_sizes` says, summed over ranks."""
-    if input_split_sizes is None or group.size() == 1:
-        return _MAPPINGS["_reduce_scatter_along_first_dim"](input_, group, input_split_sizes, use_global_buffer)
-    own = input_split_sizes[group.rank()]
-    parts = input_.new_empty((group.size() * own, *input_.shape[1:]))
-    dist.all_to_all_single(parts, input_.contiguous(), [own] * group.size(), input_split_sizes, group=group)
-    return parts.unflatten(0, (group.size(), own)).sum(dim=0)
 
 
 TORCH_CUDA_NAMES: dict[str, Any] = {
@@ -114,9 +105,7 @@ def install() -> None:
     from megatron.core.transformer.moe import token_dispatcher
 
     random._get_cuda_rng_state = _get_rng_state
-    for stand_in in (_gather_along_first_dim, _reduce_scatter_along_first_dim):
-        _MAPPINGS.setdefault(stand_in.__name__, getattr(mappings, stand_in.__name__))
-        setattr(mappings, stand_in.__name__, stand_in)
+    mappings._gather_along_first_dim = _gather_along_first_dim
     token_dispatcher.maybe_move_tensor_to_cpu = _as_number_or_numpy
 
 
