@@ -71,6 +71,7 @@ class MegatronStrategy(CheckpointHooks, DDPStrategy):
         pipeline_layout: Decoder layers of each piece in the model's order, pipeline x virtual_pipeline numbers; None
             splits them evenly.
         expert: Ranks that share the routed experts.
+        expert_tensor: Ranks that share each routed expert's matrices: 1, or as many as `tensor`.
         context: Ranks that share each pack's row.
         sequence_parallel: Split the residual stream over the tensor ranks between matrices.
         recompute: `none` keeps all activations; `selective` computes core attention and SwiGLUs again in the backward
@@ -96,6 +97,7 @@ class MegatronStrategy(CheckpointHooks, DDPStrategy):
         virtual_pipeline: int | None = None,
         pipeline_layout: list[int] | None = None,
         expert: int = 1,
+        expert_tensor: int = 1,
         context: int = 1,
         sequence_parallel: bool = False,
         recompute: RecomputeMode = "none",
@@ -112,7 +114,7 @@ class MegatronStrategy(CheckpointHooks, DDPStrategy):
         precision_plugin: Precision | None = None,
     ):
         self.layout = ParallelLayout(
-            tensor, pipeline, virtual_pipeline, pipeline_layout, expert, context, sequence_parallel
+            tensor, pipeline, virtual_pipeline, pipeline_layout, expert, expert_tensor, context, sequence_parallel
         )
         self.overlap_data_parallel = overlap_data_parallel
         self.recompute = Recompute(recompute, recompute_layers, recompute_vision)

@@ -54,7 +54,7 @@ class Layout:
         if "pipeline_layout" in split:
             parts.append(str(split["pipeline_layout"]))
         parts += [f"CP{context}"] if context > 1 else []
-        parts += [f"EP{split['expert']}"] if split.get("expert", 1) > 1 else []
+        parts += [f"{name}{split[key]}" for name, key in (("EP", "expert"), ("ETP", "expert_tensor")) if key in split]
         data = self.ranks // (tensor * pipeline * context)
         parts += [f"DP{data}"] if data > 1 else []
         parts += ["overlap"] if self.overlap else []

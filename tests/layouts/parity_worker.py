@@ -71,7 +71,8 @@ def whole_weights(model: Step37Model | ModelChunks, full: dict[str, Tensor] | No
             expected = weight if full is None else full[name]
             module = experts.get(local.rpartition(".")[0])
             if full is not None and module is not None:
-                expected = expected[list(module.expert_indices)]
+                group, expected = module.tp_group, expected[list(module.expert_indices)]
+                expected = tensor_share(weight, expected, dist.get_world_size(group), dist.get_rank(group))
             elif full is not None and getattr(weight, "tensor_model_parallel", False):
                 group = parallel_state.get_tensor_model_parallel_group()
                 expected = tensor_share(weight, expected, dist.get_world_size(group), dist.get_rank(group))
