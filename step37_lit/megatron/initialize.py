@@ -18,6 +18,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor, nn
 
+from step37_lit.errors import require
 from step37_lit.model.experts import GroupedExperts
 from step37_lit.model.mtp import EmbeddingHiddenProjection
 from step37_lit.model.step37_model import Step37Model
@@ -26,13 +27,14 @@ from step37_lit.model.step37_model import Step37Model
 def mark_tensor_parallel_weights(model: nn.Module) -> None:
     """Sets megatron's attributes on split weights: clipping counts them on every rank, others on the first only.
 
-    megatron sets them while it initialises weights, which this project does itself.
+    megatron sets them while it initialises weights, which this project does itself; newer versions in any case.
     """
     for module in model.modules():
-        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=0, stride=1)
-        elif isinstance(module, RowParallelLinear):
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=1, stride=1)
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear)):
+            dim = 1 if isinstance(module, RowParallelLinear) else 0
+            if not hasattr(module.weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
+            require(module.weight.partition_dim == dim, "megatron's partition_dim", dim, module.weight.partition_dim)
     for module in model.modules():
         if isinstance(module, MLP):  # linear_fc1 holds [gate; up], and a rank its rows of both
             module.linear_fc1.weight.partition_stride = 2

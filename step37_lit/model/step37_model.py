@@ -26,7 +26,7 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from torch import Tensor, nn
 
@@ -57,7 +57,7 @@ class Step37Model(MegatronModule):
         add_encoder: Build the vision tower where `pre_process`.
         add_decoder: Build the text decoder.
         pg_collection: megatron's process groups; None takes the global ones.
-        mtp_block_spec: Specs of the MTP layers (`mtp_block_spec`), built where `post_process`; None builds none.
+        mtp_block_spec: Specs of the MTP layers (`mtp_layer_specs`), built where `post_process`; None builds none.
         vp_stage: Virtual pipeline stage of this chunk.
     """
 
@@ -72,7 +72,7 @@ class Step37Model(MegatronModule):
         add_encoder: bool = True,
         add_decoder: bool = True,
         pg_collection: ProcessGroupCollection | None = None,
-        mtp_block_spec: MultiTokenPredictionBlockSubmodules | None = None,
+        mtp_block_spec: list[ModuleSpec] | None = None,
         vp_stage: int | None = None,
     ):
         super().__init__(config=language_transformer_config)
