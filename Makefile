@@ -7,7 +7,7 @@ RECIPE ?= recipes/scenes_tiny.yaml
 # Processes of `make test`, each with one thread; a file's tests share one, as they share what was made for them.
 WORKERS ?= 2
 
-.PHONY: fit test test-slow checks mutations layouts versions clean
+.PHONY: fit test test-slow checks mutations layouts versions reliability clean
 
 # The main job: a small Step-3.7 learns to describe rendered pictures.
 fit: $(VENV)/.run
@@ -46,6 +46,10 @@ versions: $(VENV)/.dev
 	        --target $$folder megatron-core==$$version triton && \
 	    PYTHONPATH=$$folder $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(VERSION_TESTS) $(ARGS) || exit 1; \
 	done
+
+# Every promise of docs/reliability.md at its full count; writes the figures there.
+reliability: $(VENV)/.dev
+	$(BIN)/python -W ignore tests/reliability/run.py $(ARGS)
 
 clean:
 	rm -rf $(VENV)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,13 +134,26 @@ class CaptionMetrics(pl.Callback):
         own = [p for key, p in self._split.prompts.items() if owners[key] == strategy.data_parallel_rank]
         if strategy.reads_data:
             save_pictures(Path(trainer.default_root_dir), own, pl_module.config.tokens.im_start)
-        generator = Generator(pl_module.model, trainer.datamodule.processor.tokenizer, self.batch_size)
-        completions = {each[0].key: each[0] for each in generator.generate(own, self.settings)}
+        completions = self._generate(trainer, pl_module, own, most=max(Counter(owners.values()).values()))
         captions: dict[str, Completion] = {}
         for part in strategy.gather_from_data_ranks(completions):
             captions.update(part)
         self._split = _Split()
         self._report(trainer, pl_module, captions, references)
+
+    def _generate(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, own: list[Sample], most: int
+    ) -> dict[str, Completion]:
+        """Completions of this rank's prompts by key; `most` is the largest number of prompts of a rank. The ranks go
+        through their batches side by side, so that a signal ends it on all of them."""
+        generator = Generator(pl_module.model, trainer.datamodule.processor.tokenizer, self.batch_size)
+        completions: dict[str, Completion] = {}
+        for first in range(0, most, self.batch_size):
+            pl_module.strategy.progress.mark(f"captions from number {first} behind step {trainer.global_step}")
+            pl_module.strategy.end_here_if_asked()
+            batch = own[first : first + self.batch_size]
+            completions |= {each[0].key: each[0] for each in generator.generate(batch, self.settings)}
+        return completions
 
     def _report(
         self,

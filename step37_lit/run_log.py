@@ -32,9 +32,11 @@ class _ContinuingWriter(ExperimentWriter):
 
     def save(self) -> None:
         if self._earlier and self.metrics:
-            # Steps behind the checkpoint are trained again.
+            # Steps behind the checkpoint are trained again. A validation comes first where the run made up for it: it
+            # is of the checkpoint's own step, whose row stays.
             first = min(int(row["step"]) for row in self.metrics)
-            kept = [row for row in self._earlier if int(row["step"]) < first]
+            made_up = any(name.startswith("val/") for name in self.metrics[0])
+            kept = [row for row in self._earlier if int(row["step"]) < first + made_up]
             self.metrics = [{k: v for k, v in row.items() if v != ""} for row in kept] + self.metrics
             Path(self.metrics_file_path).unlink()
             self._earlier = []

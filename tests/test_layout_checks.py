@@ -13,7 +13,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent))
 from training import TinyData, module_arguments, trainer_arguments
 
-from step37_lit import ConfigError, MegatronStrategy, Step37Config, Step37LitModule
+from step37_lit import ConfigError, MegatronStrategy, Step37Config, Step37LitModule, run_checks
 from step37_lit.megatron.layout import ParallelLayout
 
 FLASH = "flash"  # 45 layers, 64 and 96 heads, 8 KV groups, 288 experts
@@ -113,7 +113,7 @@ def test_a_runs_microbatches_are_checked_before_it_starts(tmp_path: Path) -> Non
     trainer = pl.Trainer(strategy=strategy, **trainer_arguments(tmp_path, devices=2))
     module = Step37LitModule(**module_arguments(preset="tiny_moe"))
     with pytest.raises(ConfigError, match=r"data\.microbatches: expected a multiple of pipeline 2 x 1 .* found 3"):
-        module.check(trainer, Data(), fitting=True)
+        run_checks.check(module, trainer, Data(), fitting=True)
 
 
 def test_a_run_is_refused_before_weights_and_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

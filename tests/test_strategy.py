@@ -1,15 +1,12 @@
-"""`MegatronStrategy` under Lightning's Trainer on one rank: exact resume, groups of parameters, callbacks, refusals."""
+"""`MegatronStrategy` under Lightning's Trainer on one rank: groups of parameters, callbacks, refusals."""
 
 from __future__ import annotations
 
-import random
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, StochasticWeightAveraging
@@ -18,80 +15,10 @@ from lightning.pytorch.loggers import CSVLogger
 sys.path.insert(0, str(Path(__file__).parent))
 from training import Record, TinyData, module_arguments, trainer_arguments
 
-from step37_lit import ConfigError, MegatronStrategy, Step37LitModule
-
-
-def fit(
-    root: Path,
-    steps: int = 8,
-    callbacks: list[pl.Callback] | None = None,
-    ckpt_path: Path | None = None,
-    strategy: dict[str, Any] | None = None,
-    module: dict[str, Any] | None = None,
-    data: TinyData | None = None,
-    **trainer_changes: Any,
-) -> tuple[pl.Trainer, Step37LitModule, list]:
-    record = Record()
-    trainer = pl.Trainer(
-        strategy=MegatronStrategy(**(strategy or {})),
-        callbacks=[record, *(callbacks or [])],
-        **trainer_arguments(root, max_steps=steps, **trainer_changes),
-    )
-    lit = Step37LitModule(**module_arguments(**({"decay_steps": 40} | (module or {}))))
-    trainer.fit(lit, datamodule=data or TinyData(steps=40), ckpt_path=ckpt_path)
-    return trainer, lit, record.rows
-
-
-def save_at(step: int, root: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(
-        root, filename="at{step}", every_n_train_steps=step, save_top_k=-1, auto_insert_metric_name=False
-    )
-
-
-def state_of(trainer: pl.Trainer, lit: Step37LitModule) -> dict[str, Any]:
-    return {
-        "weights": {name: weight.clone() for name, weight in lit.model.state_dict().items() if torch.is_tensor(weight)},
-        "optimizer": [(shard.start, shard.end, dict(shard.state)) for shard in trainer.optimizers[0].shards()],
-        "scheduler": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
-        "random": (random.random(), float(np.random.rand()), float(torch.rand(()))),
-    }
-
-
-def assert_equal(found: Any, expected: Any, where: str) -> None:
-    if torch.is_tensor(expected):
-        assert torch.equal(found, expected), where
-    elif isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
-        for key in expected:
-            assert_equal(found[key], expected[key], f"{where}.{key}")
-    elif isinstance(expected, list | tuple):
-        assert len(found) == len(expected), where
-        for i, value in enumerate(expected):
-            assert_equal(found[i], value, f"{where}[{i}]")
-    else:
-        assert found == expected, where
-
-
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-def test_resume_is_exact(tmp_path: Path, precision: str) -> None:
-    steps = 40 if precision == "32-true" else 6  # bf16 products are slow on a CPU
-    stops = (1, 7, 23) if precision == "32-true" else (2,)
-    pl.seed_everything(3)
-    trainer, lit, straight = fit(tmp_path, steps, precision=precision)
-    expected = state_of(trainer, lit)
-    assert len({loss for loss, _, _ in straight}) == steps
-    for stop in stops:
-        pl.seed_everything(3)
-        callbacks = [save_at(stop, tmp_path)]
-        _, _, first = fit(tmp_path, stop, callbacks, precision=precision, enable_checkpointing=True)
-        pl.seed_everything(99)  # another state of everything that the checkpoint has to bring back
-        module = {"seed": 77}
-        path = tmp_path / f"at{stop}.ckpt"
-        trainer, lit, second = fit(tmp_path, steps, ckpt_path=path, module=module, precision=precision)
-        assert trainer.global_step == steps
-        assert first + second == straight  # loss, gradient norm and learning rate of every step, to the last bit
-        assert_equal(state_of(trainer, lit), expected, f"stop at {stop}")
-        shutil.rmtree(path)
+from step37_lit import MegatronStrategy, Step37LitModule
+from step37_lit.errors import ConfigError
+from step37_lit.faults import TrainingFault
+from tests.reliability.exact_resume import fit, save_at
 
 
 def test_a_run_that_lost_its_optimizer_state_is_noticed(tmp_path: Path) -> None:
@@ -219,7 +146,9 @@ def test_a_loss_that_is_not_a_number_stops_before_the_step(tmp_path: Path) -> No
                 with torch.no_grad():
                     lit.model.output_layer.weight[3, 3] = float("nan")
 
-    with pytest.raises(FloatingPointError, match=r"step 2: loss nan .* samples \['24', '25'"):
+    with pytest.raises(
+        TrainingFault, match=r"step 3: weight output_layer\.weight not finite \(1 of .*; samples '24', '25'"
+    ):
         fit(tmp_path, 5, [Poison()])
 
 

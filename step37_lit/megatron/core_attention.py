@@ -18,6 +18,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
+from step37_lit import determinism
 from step37_lit.errors import require
 from step37_lit.megatron.context import ContextSeqParams, gather_row
 
@@ -161,6 +162,7 @@ class FlashCoreAttention(CoreAttention):
             softmax_scale=self.softmax_scale,
             causal=True,  # as here, with fewer queries than keys: the last query sees the last key
             window_size=self.window_size,
+            deterministic=determinism.enabled(),
         )
 
 

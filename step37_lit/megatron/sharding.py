@@ -162,9 +162,14 @@ class OwnParts:
             raise RuntimeError(f"weights that the name table does not know: {unknown}")
         self.places = {name: place(name, weight, shapes[name]) for name, weight in self.weights.items()}
 
-    def model(self, writing: bool = False) -> dict[str, Sharded]:
-        """The weights; for writing only those that no other rank with the same part writes."""
-        names = self._share_of_writing() if writing else list(self.weights)
+    def model(self, writing: bool = False, writers: Mapping[str, int] | None = None) -> dict[str, Sharded]:
+        """The weights; for writing only those that no other rank with the same part writes.
+
+        Args:
+            writing: Whether they are to be written, and not read.
+            writers: Number of the replica that writes a weight, by name; others are shared out.
+        """
+        names = self._share_of_writing(writers or {}) if writing else list(self.weights)
         return {name: self._whole(name) for name in names}
 
     def optimizer(self, optimizer: ForwardingOptimizer, writing: bool = False) -> dict[str, Sharded]:
@@ -203,14 +208,14 @@ class OwnParts:
                     inside = Box(tuple(a - b for a, b in zip(common.start, box.start, strict=True)), common.shape)
                     yield Part.of(_view(numbers, inside), common.moved(by))
 
-    def _share_of_writing(self) -> list[str]:
+    def _share_of_writing(self, writers: Mapping[str, int]) -> list[str]:
         """Names of the weights that this rank writes: each to the replica that has the least to write so far."""
         share: list[str] = []
         loads: dict[int, list[int]] = {}
         for name in sorted(self.weights, key=lambda name: (-self.weights[name].nbytes, name)):
             place = self.places[name]
             load = loads.setdefault(place.replicas, [0] * place.replicas)
-            writer = load.index(min(load))
+            writer = writers[name] if name in writers else load.index(min(load))
             load[writer] += self.weights[name].nbytes
             if writer == place.replica:
                 share.append(name)

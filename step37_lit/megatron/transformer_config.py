@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from step37_lit import determinism
 from step37_lit.config import Step37Config
 from step37_lit.megatron.layout import ParallelLayout
 from step37_lit.model.recompute import Recompute
@@ -79,6 +80,7 @@ def to_megatron(
         bias_activation_fusion=False,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
+        deterministic_mode=determinism.enabled(),
         **_expert_fields(config),
     )
 
