@@ -42,7 +42,7 @@ REQUESTS = {signal.SIGUSR1: Stop.REQUEUE, signal.SIGINT: Stop.INTERRUPT, signal.
 
 
 class Stopped(SystemExit):
-    """A signal has ended the run on all ranks alike; ends a script with the signal's exit code where nobody catches it."""
+    """A signal has ended the run on all ranks alike. Uncaught, it ends a script with the signal's exit code."""
 
     def __init__(self, stop: Stop):
         super().__init__(stop.exit_code)
