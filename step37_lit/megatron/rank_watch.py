@@ -118,11 +118,25 @@ class RankWatch:
     # ---- in the thread ----
 
     def _run(self) -> None:
+        try:
+            self._watch()
+        except Exception as error:  # a fault of the watch's own must not look like one of the rank's
+            text = f"warning: {self.member} is watched no more: {type(error).__name__}: {error}\n"
+            os.write(2, text.encode())
+        if self._released.is_set():  # it fails by itself, and its end is to be seen from the connections' end
+            return
+        self._leave()
+        for connection in self._connections():
+            connection.close()
+        self._selector.close()
+        self._released.set()
+
+    def _watch(self) -> None:
         last = time.monotonic()
         while not self._closing:
             ready = [key for key, _ in self._selector.select(self._patience())]
             now = time.monotonic()
-            if now - last > 3 * self.interval + 1:  # this process was stopped itself: others may have been, too
+            if now - last > (self.hang_timeout or 0.0) / 2:  # stopped itself, and others may have been, too
                 self._forgive(now - last)
             last = now
             for key in ready:
@@ -132,12 +146,6 @@ class RankWatch:
                     key.data(now)
             if not self._closing:
                 self._turn(now)
-        if self._released.is_set():  # it fails by itself, and its end is to be seen from the connections' end
-            return
-        self._leave()
-        for connection in self._connections():
-            connection.close()
-        self._selector.close()
 
     def _release(self) -> None:
         """Lets the main thread go on with its error, and nobody else's end matters any more."""
@@ -148,13 +156,16 @@ class RankWatch:
         with contextlib.suppress(OSError):
             self._wake_writer.send(b"w")
 
-    def _end(self, line: str, speaks: bool, kills: int | None) -> None:
-        """Ends this process: without waiting for the main thread, which is in a collective that never ends."""
+    def _tell(self, line: str, speaks: bool, kills: int | None) -> None:
+        """Prints the verdict and ends a process of this machine that does not answer, where this rank is to do it."""
         if speaks:
             os.write(2, f"error: {line}\n".encode())
         if kills is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(kills, signal.SIGKILL)
+
+    def _end(self) -> None:
+        """Ends this process: without waiting for the main thread, which is in a collective that never ends."""
         flushing = threading.Thread(target=sys.stdout.flush, daemon=True)  # whose lock the main thread may hold
         flushing.start()
         flushing.join(SEND_SECONDS)
@@ -289,10 +300,9 @@ class FirstRankWatch(RankWatch):
         if releases == 0:
             self._release()
             return
-        if speakers.get(self.member.host) == 0:
-            os.write(2, f"error: {verdict.line}\n".encode())
+        self._tell(verdict.line, speakers.get(self.member.host) == 0, kills if killer == 0 else None)
         self._linger()
-        self._end(verdict.line, speaks=False, kills=kills if killer == 0 else None)
+        self._end()
 
     def _linger(self) -> None:
         """Until the others have ended: this process's end takes those with it that Lightning started."""
@@ -348,7 +358,8 @@ class OtherRankWatch(RankWatch):
             return
         for message in messages:
             if "verdict" in message:
-                self._end(message["verdict"], message["speaks"], message["kills"])
+                self._tell(message["verdict"], message["speaks"], message["kills"])
+                self._end()
             if "release" in message:
                 self._release()
             if "bye" in message:
@@ -378,7 +389,8 @@ class OtherRankWatch(RankWatch):
         first = self._first.member
         near = kills and self._speaks and first.host == self.member.host
         line = f"{first} {what}; last seen in {place(self._first.position)}; {self._places}"
-        self._end(line, self._speaks, first.pid if near else None)
+        self._tell(line, self._speaks, first.pid if near else None)
+        self._end()
 
     def _leave(self) -> None:
         self._report(bye=True)

@@ -1,4 +1,4 @@
-"""`fit` on several ranks, one of which does something to itself at a moment of the run that is known: a signal, a death.
+"""`fit` on several ranks, one of which does something to itself at a known moment: a signal, a death, a loop.
 
 The ranks are forked from a process with the imports done, with the environment of a launcher. Under Lightning's
 launcher or torchrun this file is the script that they start.
@@ -84,7 +84,9 @@ class Acting(pl.Callback):
     def on_save_checkpoint(self, trainer: pl.Trainer, *args: Any) -> None:
         self.now("save", trainer.global_step)
 
-    def on_validation_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int, *args: Any) -> None:
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
         if batch_idx == 1:
             self.now("validation", trainer.global_step)
 
@@ -207,9 +209,7 @@ def launched(folder: Path, ranks: int, act: Act, launcher: str, **strategy: Any)
     command = [*front, __file__, json.dumps(dataclasses.asdict(act)), str(folder), str(recipe)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1"}
     with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
-        return subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=out, stderr=err, start_new_session=True
-        )
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=err, start_new_session=True)
 
 
 def processes_of(folder: Path) -> list[int]:
