@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import selectors
@@ -82,7 +83,9 @@ class RankWatch:
 
     def __init__(self, member: Member, progress: Progress, hang_timeout: float | None):
         self.member, self.progress, self.hang_timeout = member, progress, hang_timeout
-        self.interval = min(LONGEST_INTERVAL, (hang_timeout or float("inf")) / INTERVALS)
+        patience = math.inf if hang_timeout is None else hang_timeout
+        self.interval = min(LONGEST_INTERVAL, patience / INTERVALS)
+        self._longest_pause = patience / 2
         self._selector = selectors.DefaultSelector()
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._selector.register(self._wake_reader, selectors.EVENT_READ, None)
@@ -136,7 +139,7 @@ class RankWatch:
         while not self._closing:
             ready = [key for key, _ in self._selector.select(self._patience())]
             now = time.monotonic()
-            if now - last > (self.hang_timeout or 0.0) / 2:  # stopped itself, and others may have been, too
+            if now - last > self._longest_pause:  # stopped itself, and others may have been, too
                 self._forgive(now - last)
             last = now
             for key in ready:
@@ -280,8 +283,9 @@ class FirstRankWatch(RankWatch):
             return
         if now - self._told >= self.interval:
             self._told = now
+            others = places([each for rank, each in self._seen.items() if rank != 0])
             for link in self._links.values():
-                link.send(position=asdict(own.position), places=places(list(self._seen.values())))
+                link.send(position=asdict(own.position), places=others)
 
     def _carry_out(self, verdict: Verdict) -> None:
         living = [each.member for each in self._seen.values() if each.state in ("here", "failed")]

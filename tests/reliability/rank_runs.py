@@ -43,12 +43,12 @@ class Act:
     Args:
         rank: Which one.
         moment: One of `MOMENTS`.
-        signal: Its number; 0 for a loop that never ends.
+        what: A signal's name, `loop` (without an end), or `raise`.
     """
 
     rank: int
     moment: str
-    signal: int
+    what: str
 
 
 class Acting(pl.Callback):
@@ -66,9 +66,11 @@ class Acting(pl.Callback):
         staged = self.folder / ".acted"
         staged.write_text(json.dumps({"time": time.time(), "step": step}))
         staged.rename(self.folder / "acted")
-        while self.act.signal == 0:
+        while self.act.what == "loop":
             pass
-        os.kill(os.getpid(), self.act.signal)
+        if self.act.what == "raise":
+            raise ArithmeticError("raised on purpose")
+        os.kill(os.getpid(), getattr(signal, self.act.what))
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self.now("loading", trainer.global_step)
@@ -113,7 +115,7 @@ def fit(act: dict[str, Any], folder: str, recipe: str) -> int:
 
     caption_metrics.CaptionMetrics._generate = acts_before_captions  # type: ignore[method-assign]
     cli.TRAINER_DEFAULTS["callbacks"] = [acting]
-    return forks.command(["fit", f"--config={recipe}"])
+    return cli.run(["fit", f"--config={recipe}"])
 
 
 def write_recipe(folder: Path, ranks: int, **strategy: Any) -> Path:
@@ -207,7 +209,7 @@ def launched(folder: Path, ranks: int, act: Act, launcher: str, **strategy: Any)
         where = ["--nproc-per-node", str(ranks), "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
         front += ["-m", "torch.distributed.run", *where]
     command = [*front, __file__, json.dumps(dataclasses.asdict(act)), str(folder), str(recipe)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
         return subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=err, start_new_session=True)
 
