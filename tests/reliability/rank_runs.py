@@ -43,7 +43,7 @@ class Act:
     Args:
         rank: Which one.
         moment: One of `MOMENTS`.
-        what: A signal's name, `loop` (without an end), or `raise`.
+        what: A signal's name, `loop` (without an end), `raise`, or `wait` (until there is a file `go`).
     """
 
     rank: int
@@ -70,7 +70,10 @@ class Acting(pl.Callback):
             pass
         if self.act.what == "raise":
             raise ArithmeticError("raised on purpose")
-        os.kill(os.getpid(), getattr(signal, self.act.what))
+        if self.act.what != "wait":
+            os.kill(os.getpid(), getattr(signal, self.act.what))
+        while self.act.what == "wait" and not (self.folder / "go").exists():
+            time.sleep(0.01)
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self.now("loading", trainer.global_step)
@@ -100,8 +103,9 @@ def fit(act: dict[str, Any], folder: str, recipe: str) -> int:
     """`fit` in this process."""
     multiprocessing.set_start_method("fork", force=True)  # of loader processes, as it is in a command
     acting = Acting(Act(**act), Path(folder))
-    from step37_lit import signals
+    from step37_lit import __main__, signals
 
+    __main__._quiet_known_warnings()
     signals.listen()
     acting.now("start", 0)
     from callbacks import caption_metrics
@@ -184,18 +188,14 @@ class RankRun:
                 child.kill()
         return [child.done() for child in self.children]
 
-    @property
-    def acted(self) -> dict[str, Any]:
-        """Time (seconds since the epoch) and step of the act."""
-        return json.loads((self.folder / "acted").read_text())
 
-    @property
-    def saved(self) -> int:
-        """Step of the newest complete checkpoint; -1 where there is none."""
-        return newest(self.folder)
+def acted(folder: Path) -> dict[str, Any]:
+    """Time (seconds since the epoch) and step of the act in a run."""
+    return json.loads((folder / "acted").read_text())
 
 
 def newest(folder: Path) -> int:
+    """Step of a run's newest complete checkpoint; -1 where there is none."""
     found = list_checkpoints(folder / "run" / "checkpoints")
     return max((each.manifest.step for each in found if each.manifest is not None), default=-1)
 
