@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,9 +104,9 @@ def fit(act: dict[str, Any], folder: str, recipe: str) -> int:
     """`fit` in this process."""
     multiprocessing.set_start_method("fork", force=True)  # of loader processes, as it is in a command
     acting = Acting(Act(**act), Path(folder))
-    from step37_lit import __main__, signals
+    warnings.simplefilter("ignore")  # what libraries say as a run begins
+    from step37_lit import signals
 
-    __main__._quiet_known_warnings()
     signals.listen()
     acting.now("start", 0)
     from callbacks import caption_metrics
@@ -167,15 +168,20 @@ class RankRun:
 
     def __init__(self, folder: Path, ranks: int, act: Act, **strategy: Any):
         folder.mkdir(parents=True)
-        self.folder, self.act = folder, act
-        recipe = write_recipe(folder, ranks, **strategy)
+        self.folder, self.ranks = folder, ranks
+        write_recipe(folder, ranks, **strategy)
+        self.again(act)
+
+    def again(self, act: Act) -> RankRun:
+        """Starts the run once more."""
         port = str(free_port())
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
-        arguments = (dataclasses.asdict(act), str(folder), str(recipe))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(self.ranks), "NODE_RANK": "0"}
+        arguments = (dataclasses.asdict(act), str(self.folder), str(self.folder / "recipe.yaml"))
         self.children = [
-            forks.Child(fit, arguments, folder, folder / f"rank{rank}", where | {"LOCAL_RANK": str(rank)})
-            for rank in range(ranks)
+            forks.Child(fit, arguments, self.folder, self.folder / f"rank{rank}", where | {"LOCAL_RANK": str(rank)})
+            for rank in range(self.ranks)
         ]
+        return self
 
     def wait(self, without: int | None = None) -> list[forks.Done]:
         """The end of all ranks, or of all but one, which is then killed."""
