@@ -147,8 +147,8 @@ class CheckpointHooks:
             self.saver.remove(Path(filepath).absolute())
 
     def on_train_end(self) -> None:
-        with self.progress.untimed("the last save"):
-            self.saver.wait()
+        self.progress.mark("the end of training", timed=False)
+        self.saver.wait()
 
     def on_exception(self, exception: BaseException) -> None:
         """No save begins here, where other ranks may be gone; one that is under way gets a last chance."""
