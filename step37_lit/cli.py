@@ -20,7 +20,7 @@ import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError, set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -34,7 +34,7 @@ from step37_lit.recipe import inherits, load_recipe
 from step37_lit.report import write_report
 from step37_lit.resume import Resume, ResumeMode, choose, compare, explicit, left_to_train
 from step37_lit.run_checkpoints import RunCheckpoints
-from step37_lit.run_log import ContinuingCSVLogger, figures
+from step37_lit.run_log import RunCSVLogger, figures
 
 LIGHTNING_LOGGERS = ("lightning.pytorch", "lightning.fabric")
 LIGHTNING_CLASSES = {
@@ -156,7 +156,7 @@ class Step37CLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _run_loggers(self, root: str) -> list[Logger]:
-        metrics = ContinuingCSVLogger(root) if self._resume.path is not None else CSVLogger(root, name="", version="")
+        metrics = RunCSVLogger(root, continues=self._resume.path is not None)
         return [metrics, TensorBoardLogger(root, name="tensorboard", version="")]
 
     def after_instantiate_classes(self) -> None:

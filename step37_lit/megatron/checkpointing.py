@@ -152,6 +152,8 @@ class CheckpointHooks:
                 print_once(f"resume      passed over: {error}")
                 continue
             self._check_fits(candidate, manifest, fitting)
+            if number > 0:
+                print_once(f"resume      {manifest.headline(candidate)}")
             self._source = (candidate, manifest)
             return
 
