@@ -64,7 +64,7 @@ def kill(place: Place, aim: str, draw: random.Random) -> str | None:
         while child.running and not reached():
             assert time.monotonic() < deadline, f"no {aim} in {PATIENCE} s"
             time.sleep(0.001)
-        time.sleep(draw.random() * LONGEST[aim])
+        time.sleep(draw.random() ** 2 * LONGEST[aim])
     finally:
         child.kill()
     if child.process.exitcode == 0:
