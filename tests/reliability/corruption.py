@@ -50,8 +50,9 @@ def flip(path: Path, bit: int) -> None:
 
 
 def _swap(path: Path) -> None:
-    """With the file of the same folder, or of the other one, that is nearest in size."""
-    others = [other for other in path.parent.parent.rglob("*") if other.is_file() and other != path]
+    """With the checkpoint's file that is of the same name, or nearest in size."""
+    checkpoint = next(folder for folder in path.parents if folder.name == NEWEST)
+    others = [other for other in checkpoint.rglob("*") if other.is_file() and other != path]
     other = min(others, key=lambda each: (each.name != path.name, abs(each.stat().st_size - path.stat().st_size)))
     content = path.read_bytes()
     path.write_bytes(other.read_bytes())
