@@ -205,20 +205,24 @@ def metrics(run: Path) -> dict[str, list[tuple[int, str]]]:
     return {name: [(int(row["step"]), row[name]) for row in rows if row[name]] for name in names}
 
 
-def compare(straight: Place, disturbed: Place, steps: int) -> list[str]:
+def compare(straight: Place, disturbed: Place, steps: int, ranks: int = 1) -> list[str]:
     """What a run that was disturbed has otherwise than the straight one; empty where all is the same."""
-    expected = {line["step"]: line for line in read_ledger(straight.ledger)}
-    lines = read_ledger(disturbed.ledger)
-    wrong = [f"step {line['step']} differs" for line in lines if line != expected[line["step"]]]
-    kept = {line["step"]: line for line in lines}
-    if sorted(kept) != list(range(1, steps + 1)):
-        wrong.append(f"steps {sorted(set(range(1, steps + 1)) - set(kept))} are missing")
-    wrong += [f"sample {key}: {number} times, {times} expected" for key, number, times in _miscounted(kept, expected)]
+    wrong = []
+    for rank in range(ranks):
+        expected = {line["step"]: line for line in read_ledger(straight.ledger_of(rank))}
+        lines = read_ledger(disturbed.ledger_of(rank))
+        wrong += [f"step {line['step']} differs" for line in lines if line != expected[line["step"]]]
+        kept = {line["step"]: line for line in lines}
+        if sorted(kept) != list(range(1, steps + 1)):
+            wrong.append(f"steps {sorted(set(range(1, steps + 1)) - set(kept))} are missing")
+        wrong += [
+            f"sample {key}: {found} times, expected {wanted}" for key, found, wanted in _miscounted(kept, expected)
+        ]
     last = f"step_{steps:06d}"
-    one, other = digests(straight.checkpoints / last), digests(disturbed.checkpoints / last)
-    wrong += [f"{name} differs" for name in one if other.get(name) != one[name]]
-    one_, other_ = metrics(straight.run), metrics(disturbed.run)
-    wrong += [f"metrics.csv: {name} differs" for name in one_ if other_.get(name) != one_[name]]
+    weights = [digests(place.checkpoints / last) for place in (straight, disturbed)]
+    logged = [metrics(place.run) for place in (straight, disturbed)]
+    for one, other in (weights, logged):
+        wrong += [f"{name} differs" for name in one if other.get(name) != one[name]]
     return wrong
 
 
