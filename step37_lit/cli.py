@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from step37_lit.commands import INTERRUPTED, REQUEUE, USER_ERROR
-from step37_lit.errors import ConfigError, UserError
+from step37_lit.errors import ConfigError, UserError, disk_error
 from step37_lit.lit_module import Step37LitModule, megatron_strategy
 from step37_lit.megatron.launch import PROJECT_PACKAGES
 from step37_lit.planner.short import short_form
@@ -194,6 +194,14 @@ class Step37CLI(LightningCLI):
         # in the middle of a step.
         for number in (signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, stop)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except OSError as error:
+            if (told := disk_error(error, self.trainer.default_root_dir)) is not None:
+                raise told from error
+            raise
 
     def after_fit(self) -> None:
         if self.trainer.is_global_zero:

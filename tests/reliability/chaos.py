@@ -1,4 +1,4 @@
-"""Faults of all kinds at random moments of one run, which is started again behind each and must end as the straight one.
+"""Faults of all kinds at random moments of one run, which is started again and must end as the straight one.
 
     python tests/reliability/chaos.py --seed 1 --hits 50 [--ranks 2]
 

@@ -215,15 +215,20 @@ def compare(straight: Place, disturbed: Place, steps: int, ranks: int = 1) -> li
         kept = {line["step"]: line for line in lines}
         if sorted(kept) != list(range(1, steps + 1)):
             wrong.append(f"steps {sorted(set(range(1, steps + 1)) - set(kept))} are missing")
-        wrong += [
-            f"sample {key}: {found} times, expected {wanted}" for key, found, wanted in _miscounted(kept, expected)
-        ]
+        counts = _miscounted(kept, expected)
+        wrong += [f"sample {key}: {found} times, expected {wanted}" for key, found, wanted in counts]
     last = f"step_{steps:06d}"
-    weights = [digests(place.checkpoints / last) for place in (straight, disturbed)]
-    logged = [metrics(place.run) for place in (straight, disturbed)]
-    for one, other in (weights, logged):
-        wrong += [f"{name} differs" for name in one if other.get(name) != one[name]]
+    one, other = digests(straight.checkpoints / last), digests(disturbed.checkpoints / last)
+    wrong += [f"{name} differs" for name in one | other if other.get(name) != one.get(name)]
+    before, after = metrics(straight.run), metrics(disturbed.run)
+    wrong += [f"metrics.csv: {name} differs" for name in before if _logged(name, before, after) != before[name]]
     return wrong
+
+
+def _logged(name: str, straight: dict[str, Any], disturbed: dict[str, Any]) -> list[tuple[int, str]]:
+    """A column of a disturbed run; a run that a signal ends validates there, which the straight one does not."""
+    steps = {step for step, _ in straight[name]}
+    return [row for row in disturbed.get(name, []) if not name.startswith("val/") or row[0] in steps]
 
 
 def _miscounted(kept: dict[int, Any], expected: dict[int, Any]) -> list[tuple[str, int, int]]:
