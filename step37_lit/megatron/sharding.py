@@ -105,7 +105,7 @@ def place(name: str, weight: Tensor, shape: Shape) -> Placement:
 
 
 def _blocks(own: Shape, marks: Any, rank: int, ranks: int) -> list[tuple[Box, Shape]]:
-    """Boxes of a weight of shape `own` that ranks share as its marks tell, each with how far it is moved in the whole."""
+    """Boxes of a weight of shape `own` that ranks share as its marks tell, and how far each is moved in the whole."""
     dim, number_of_blocks = marks.partition_dim, marks.partition_stride if ranks > 1 else 1
     rows = own[dim] // number_of_blocks  # two blocks where gate and up are one matrix
 

@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 from megatron.core.utils import get_pg_rank
+from torch import Tensor
 
 from step37_lit.megatron.core_attention import AttentionBackend, core_attention_of
 from step37_lit.megatron.dispatch import MixtureOfExperts
@@ -50,8 +51,9 @@ class DecoderLayer(TransformerLayer):
         super().__init__(*args, **kwargs)
         self.recompute = recompute
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return run(self.recompute, super().forward, *args, **kwargs)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # By position: autograd's hooks (offloading, counting) see what is kept by position only.
+        return run(self.recompute, super().forward, hidden_states, *args, **kwargs)
 
 
 def decoder_block_spec(

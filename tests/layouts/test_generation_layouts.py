@@ -42,6 +42,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor and sequence": {"tensor": 2, "sequence_parallel": True},
     "pipeline": {"pipeline": 2},
     "virtual stages": {"pipeline": 2, "virtual_pipeline": 2},
+    "tensor, of experts too": {"tensor": 2, "sequence_parallel": True, "expert_tensor": 2},
     "data": {},
     "expert": {"expert": 2},  # ranks with 3 and 2 prompts, whose rows end at different steps
 }
@@ -50,11 +51,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_two_ranks_generate_what_one_does(alone: tuple[str, dict[str, Any]], name: str, tmp_path: Path) -> None:
     preset, expected = alone
-    if name in ("expert", "virtual stages") and preset == "tiny":
+    if name in ("expert", "tensor, of experts too", "virtual stages") and preset == "tiny":
         pytest.skip("no experts, and two layers only")
     ranks = generate(tmp_path / "two", 2, preset, **LAYOUTS[name])
     for rank in ranks:
-        assert rank["state"] == [True, name == "tensor and sequence"]  # left as it was
+        assert rank["state"] == [True, "sequence_parallel" in LAYOUTS[name]]  # left as it was
     shared_out = name in ("data", "expert")
     assert all(len(rank["found"]) == (15 if not shared_out else 9 - 3 * number) for number, rank in enumerate(ranks))
     for key in expected:
