@@ -130,16 +130,8 @@ class RowDecoder:
 
     def take_back(self, counts: Tensor) -> None:
         """Forgets the last tokens of each row, int64 [R] on the CPU; once behind each step with drafts."""
-        lengths = self.lengths - counts
         for part in self._parts():
-            part.rewind(lengths)
-
-    @property
-    def lengths(self) -> Tensor:
-        """Tokens of each row, int64 [R] on the CPU."""
-        lengths = self.chunks[0][1].lengths
-        assert lengths is not None, "no prompts yet"
-        return lengths
+            part.take_back(counts)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """[R] -> [R, 1, H] on all stages; only the first one has the embedding."""

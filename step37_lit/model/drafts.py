@@ -27,7 +27,7 @@ from step37_lit.model.rotary import rotary_table
 class Drafts:
     """The MTP layers' part of the rows; on the last pipeline stage.
 
-        keep(...)      behind each pass of the decoder       rewind, select      as `KVCache`'s
+        keep(...)      behind each pass of the decoder       take_back, select   as `KVCache`'s
         begin()        opens a round                         next(embeddings)    once for each layer: drafted tokens
 
     Args:
@@ -59,12 +59,12 @@ class Drafts:
             self._advance(layer, None)
         self.cache.end()
 
-    def rewind(self, lengths: Tensor) -> None:
-        """See `KVCache.rewind`; once behind each pass that `keep` took in after the prompts."""
-        first = self._inputs.shape[1] - (self._ends - lengths) - self.depth - 1
+    def take_back(self, counts: Tensor) -> None:
+        """See `KVCache.take_back`; once behind each pass that `keep` took in after the prompts."""
+        first = self._inputs.shape[1] - counts - self.depth - 1
         index = (first[:, None] + torch.arange(self.depth + 1)).to(self._inputs.device)
         self._inputs = self._inputs.gather(1, index[..., None, None].expand(-1, -1, *self._inputs.shape[2:]))
-        self._ends = lengths
+        self._ends = self._ends - counts
 
     def select(self, rows: Tensor) -> None:
         """See `KVCache.select`."""
@@ -75,7 +75,8 @@ class Drafts:
         """Opens a round: the last positions of each row, of which a short one has fewer."""
         counts = self._ends.clamp(max=self.depth + 1)
         there = torch.arange(self.depth, -1, -1) < counts[:, None]
-        self.cache.rewind(self._ends - counts)
+        assert self.cache.lengths is not None, "no prompts yet"
+        self.cache.take_back(self.cache.lengths - (self._ends - counts))
         self._open(self._inputs[there.to(self._inputs.device)], borders_of(counts, self._inputs.device))
 
     def next(self, layer: int, embeddings: Tensor) -> Tensor:

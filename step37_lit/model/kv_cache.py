@@ -4,7 +4,7 @@ R = rows (sequences), m = tokens that a pass adds to a row at most, C = position
 pack, N = query heads, G = KV groups, D = head_dim.
 
 The first pass stores what a pack of prompts leaves behind, a sub-sequence a row. Every further pass adds a
-sub-sequence of one or a few tokens to each row; `rewind` takes the last ones back. A sliding layer keeps its window and
+sub-sequence of one or a few tokens to each row; `take_back` undoes the last ones. A sliding layer keeps its window and
 what one pass may add: position p lies at p modulo C, and the softmax does not mind the order.
 """
 
@@ -82,17 +82,18 @@ class KVCache:
         assert self._pass is not None, "answered before begin"
         return hidden.index_select(0, self._pass.last) if self._pass.prompts else hidden
 
-    def rewind(self, lengths: Tensor) -> None:
-        """Forgets what stands behind the first `lengths` tokens of each row, [R] int64 on the CPU.
+    def take_back(self, counts: Tensor) -> None:
+        """Forgets the last tokens of each row, [R] int64 on the CPU.
 
         Raises:
-            ValueError: further back than the sliding layers remember.
+            ValueError: more than the sliding layers can undo, `pass_tokens` of the longest that a row ever was.
         """
         assert self.lengths is not None, "nothing is cached yet"
+        lengths = self.lengths - counts
         least = (self._furthest - self.pass_tokens).clamp(min=0)
-        if bool(((lengths > self.lengths) | (lengths < least)).any()):
-            known = f"lengths from {least.tolist()} to {self.lengths.tolist()}"
-            raise ValueError(f"rewind: expected {known}, found {lengths.tolist()}")
+        if bool(((counts < 0) | (lengths < least)).any()):
+            most = (self.lengths - least).tolist()
+            raise ValueError(f"take_back: expected at most {most} tokens, found {counts.tolist()}")
         self.lengths = lengths
 
     def select(self, rows: Tensor) -> None:
@@ -104,6 +105,10 @@ class KVCache:
         assert self.lengths is not None, "nothing is cached yet"
         self.lengths, self._furthest = self.lengths[rows.cpu()], self._furthest[rows.cpu()]
         self._layers = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self._layers.items()}
+
+    def kept(self, window: int | None) -> int:
+        """Positions that a layer keeps: its window, and what a pass may write over before a token sees the rest."""
+        return self.capacity if window is None else min(window + self.pass_tokens - 1, self.capacity)
 
     def attend(
         self,
@@ -129,7 +134,7 @@ class KVCache:
             [T, N, D].
         """
         assert self._pass is not None, "attend before begin"
-        kept = self.capacity if window is None else min(window + self.pass_tokens - 1, self.capacity)
+        kept = self.kept(window)
         if self._pass.prompts:
             self._layers[layer] = self._pass.stored(key, kept), self._pass.stored(value, kept)
             return core_attention(query, key, value, packed)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
@@ -26,12 +28,21 @@ from step37_lit.sampling import GenerationSettings
 from step37_lit.tokenizer import Step37Tokenizer
 
 
+def with_mtp_layers(config: Step37Config) -> Step37Config:
+    """The same with two MTP layers behind the others."""
+    text = config.text
+    longer: dict[str, Any] = {"layer_types": (*text.layer_types, *["sliding_attention"] * 2)}
+    for name in ("swiglu_limits", "swiglu_limits_shared"):
+        longer[name] = (*getattr(text, name), None, None)
+    return replace(config, text=replace(text, num_mtp_layers=2, mtp=True, **longer))
+
+
 def main() -> None:
     job = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     layout = ParallelLayout(**job["layout"])
     process.initialize(layout)
-    config = with_overrides(Step37Config.preset(job["preset"]), text=TEXT, vision=VISION)
+    config = with_mtp_layers(with_overrides(Step37Config.preset(job["preset"]), text=TEXT, vision=VISION))
     model = build_stage(config, layout, seed=5)
     prompts = [sample(index, seed=9) for index in range(job["prompts"])]
     if job["shared_out"]:  # each data-parallel rank has prompts of its own
