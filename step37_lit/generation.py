@@ -69,7 +69,7 @@ class Generator:
 
     Attributes:
         tokens_per_step: Of a row in the last `generate` or `stream` on this rank, its first token left out; 1 without
-            drafts, nan where there was no step.
+            drafts; nan with beams and where there was no step.
     """
 
     def __init__(self, model: Step37Model | ModelChunks, tokenizer: Step37Tokenizer, batch_size: int = 16):

@@ -37,6 +37,10 @@ def generate(folder: Path, ranks: int, preset: str = "tiny", **layout: Any) -> l
 def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
     (rank,) = generate(tmp_path_factory.mktemp("alone") / request.param, 1, request.param)
     assert len(rank["found"]) == PROMPTS * len(SETTINGS)
+    assert rank["steps"][3] > 1.2  # drafts are taken, and not all: 1.9 and 1.5
+    for key, drafted in rank["found"].items():
+        if str(SETTINGS[3]) in key:
+            assert drafted[0][0] == rank["found"][key.replace(str(SETTINGS[3]), str(SETTINGS[0]))][0][0]
     return request.param, rank["found"]
 
 
