@@ -97,8 +97,8 @@ def _train(model: Step37Model, config: Step37Config, steps: int) -> None:
         optimizer.step()
         schedule.step()
         shown.append(losses.detach())
-        if (step + 1) % 50 == 0:
-            means = torch.stack(shown[-50:]).mean(dim=0).tolist()
+        if (step + 1) % 25 == 0:
+            means = torch.stack(shown[-25:]).mean(dim=0).tolist()
             print(f"step {step + 1}, {time.perf_counter() - start:.0f} s: losses {[round(x, 3) for x in means]}")
 
 

@@ -59,7 +59,7 @@ def inference_mode(model: Step37Model | ModelChunks, rows: int = 1) -> Iterator[
         for owner, name, value in changes:
             stack.enter_context(_attribute(owner, name, value))
         stack.callback(model.train, training)
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.inference_mode())
         model.eval()
         yield
 
