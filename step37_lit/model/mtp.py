@@ -34,6 +34,7 @@ from step37_lit.megatron.core_attention import AttentionBackend
 from step37_lit.megatron.head import gather_from_sequence_ranks, loss_per_token, scatter_to_sequence_ranks
 from step37_lit.megatron.norm import ZeroCentredRMSNorm
 from step37_lit.megatron.transformer_config import Step37TransformerConfig
+from step37_lit.model.kv_cache import KVCache
 from step37_lit.model.packing import following
 from step37_lit.model.text_decoder import decoder_layer_spec
 
@@ -115,7 +116,14 @@ class MTPLayer(MegatronModule):
         """`transformer_layer` under the name by which megatron-core looks for routers since 0.17."""
         return self.transformer_layer
 
-    def forward(self, embeddings: Tensor, hidden: Tensor, rotary_table: Tensor, packed: PackedSeqParams) -> Tensor:
+    def forward(
+        self,
+        embeddings: Tensor,
+        hidden: Tensor,
+        rotary_table: Tensor,
+        packed: PackedSeqParams,
+        inference_context: KVCache | None = None,
+    ) -> Tensor:
         """[T, 1, H], normed ([T / tensor ranks, 1, H] of all under sequence parallelism)."""
         joined = torch.cat((self.enorm(embeddings), self.hnorm(hidden)), dim=-1)
         hidden, _ = self.transformer_layer(
@@ -123,6 +131,7 @@ class MTPLayer(MegatronModule):
             attention_mask=None,
             rotary_pos_emb=rotary_table,
             packed_seq_params=packed,
+            inference_context=inference_context,
         )
         return self.final_layernorm(hidden)
 
