@@ -71,7 +71,7 @@ def our_tokens(
             if leaving and stay < len(logits):
                 decoder.select(torch.arange(stay))
                 tokens = [each[:stay] for each in tokens]
-            logits = decoder.step(tokens[-1])
+            logits = decoder.step(tokens[-1][:, None])[:, 0]
 
 
 def their_tokens(model: Any, prompts: list[Sample], count: int) -> tuple[torch.Tensor, Clock]:

@@ -149,7 +149,7 @@ class CaptionMetrics(pl.Callback):
         generator = Generator(pl_module.model, trainer.datamodule.processor.tokenizer, self.batch_size)
         completions: dict[str, Completion] = {}
         for first in range(0, most, self.batch_size):
-            pl_module.strategy.progress.mark(f"captions from number {first} behind step {trainer.global_step}")
+            pl_module.strategy.progress.mark(f"captions behind step {trainer.global_step}")
             pl_module.strategy.end_here_if_asked()
             batch = own[first : first + self.batch_size]
             completions |= {each[0].key: each[0] for each in generator.generate(batch, self.settings)}

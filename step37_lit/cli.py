@@ -18,13 +18,13 @@ import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError, set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from step37_lit import run_checks, signals
-from step37_lit.errors import ConfigError, UserError
+from step37_lit.errors import ConfigError, UserError, disk_error
 from step37_lit.exit_codes import FAULT, USER_ERROR
 from step37_lit.faults import TrainingFault
 from step37_lit.lit_module import Step37LitModule, megatron_strategy
@@ -34,7 +34,7 @@ from step37_lit.recipe import inherits, load_recipe
 from step37_lit.report import write_report
 from step37_lit.resume import Resume, ResumeMode, choose, compare, explicit, left_to_train
 from step37_lit.run_checkpoints import RunCheckpoints
-from step37_lit.run_log import ContinuingCSVLogger, figures
+from step37_lit.run_log import RunCSVLogger, figures
 
 LIGHTNING_LOGGERS = ("lightning.pytorch", "lightning.fabric")
 LIGHTNING_CLASSES = {
@@ -155,7 +155,7 @@ class Step37CLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _run_loggers(self, root: str) -> list[Logger]:
-        metrics = ContinuingCSVLogger(root) if self._resume.path is not None else CSVLogger(root, name="", version="")
+        metrics = RunCSVLogger(root, continues=self._resume.path is not None)
         return [metrics, TensorBoardLogger(root, name="tensorboard", version="")]
 
     def after_instantiate_classes(self) -> None:
@@ -189,6 +189,10 @@ class Step37CLI(LightningCLI):
         except signals.Stopped:
             if subcommand == "fit":  # what was reached is told all the same
                 self.after_fit()
+            raise
+        except OSError as error:
+            if (told := disk_error(error, self.trainer.default_root_dir)) is not None:
+                raise told from error
             raise
 
     def after_fit(self) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
+# A disk that is full (for everyone, for this user, for one file) or cannot be written to.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 LONGEST_SHOWN = 1000  # characters of a part of a message
 
 
@@ -22,6 +25,25 @@ class ConfigError(UserError):
     def __reduce__(self) -> tuple[type[ConfigError], tuple[object, ...]]:
         # Pickled by an exception's args it could not be made again, and a pool of processes would break.
         return type(self), (self.field_name, self.expected, self.found, self.file)
+
+
+def disk_error(error: OSError, folder: str | Path) -> UserError | None:
+    """What a failed write is for the user: one line; None where the disk is not the reason.
+
+    A write that fails while another failure is cleaned up behind is not what is told, but that failure.
+
+    Args:
+        error: As it came.
+        folder: Named where the error names no file, as a failed write does not.
+    """
+    within: BaseException | None = error
+    while within is not None and not isinstance(within, UserError):
+        within = within.__cause__ or within.__context__
+    if within is not None:
+        return within
+    if error.errno not in DISK_ERRORS:
+        return None
+    return ConfigError("files", "a disk that can be written to", error.strerror, error.filename or folder)
 
 
 def _shown(found: object) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 
 from step37_lit.checkpoint.folder import list_checkpoints
-from step37_lit.checkpoint.manifest import Manifest, check_hashes, check_structure, read_manifest
+from step37_lit.checkpoint.manifest import check_hashes, check_structure, read_manifest
 from step37_lit.errors import ConfigError
 from step37_lit.lit_module import Step37LitModule
 from step37_lit.megatron.checkpointing import RECIPE_FILE, changed_fields, check_same_model, read_training_state
@@ -91,8 +91,7 @@ def _problem(folder: Path) -> str | None:
 
 
 def _found(folder: Path) -> str:
-    manifest: Manifest = read_manifest(folder)
-    return _line(f"step {manifest.step}, epoch {manifest.epoch}: {folder}, {manifest.num_bytes / 1e6:.1f} MB")
+    return _line(read_manifest(folder).headline(folder))
 
 
 def _line(text: str) -> str:

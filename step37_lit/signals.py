@@ -7,6 +7,7 @@ once, wherever it is.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -42,7 +43,7 @@ REQUESTS = {signal.SIGUSR1: Stop.REQUEUE, signal.SIGINT: Stop.INTERRUPT, signal.
 
 
 class Stopped(SystemExit):
-    """A signal has ended the run on all ranks alike; ends a script with the signal's exit code where nobody catches it."""
+    """A signal has ended the run on all ranks alike. Uncaught, it ends a script with the signal's exit code."""
 
     def __init__(self, stop: Stop):
         super().__init__(stop.exit_code)
@@ -108,6 +109,7 @@ def listen() -> bool:
     if _listener is not None or threading.current_thread() is not threading.main_thread():
         return False
     _listener = _Listener()
+    atexit.register(_ignore)
     return True
 
 
@@ -137,9 +139,17 @@ def _taken_by_the_thread(number: int, frame: FrameType | None) -> None:
     """Has to be there, so that Python takes the signal at all."""
 
 
+def _ignore() -> None:
+    """While Python shuts down, which restores the handlers, a signal must not change the exit code any more."""
+    if _listener is not None:
+        for number in REQUESTS:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def _close() -> None:
     global _listener
     assert _listener is not None
+    atexit.unregister(_ignore)
     _listener.close()
     _listener = None
 

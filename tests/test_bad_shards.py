@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,75 +11,17 @@ from datamodules.bad_samples import BadSample
 from datamodules.shards.index_build import build_index
 from step37_lit.errors import ConfigError
 from tests import tars
+from tests.bad_kinds import SHARDS, damaged_shard
 from tests.indexed_shards import check_reading
-from tests.tars import picture, sample, text
-
-JPEG, PNG = picture(5), picture(5, "PNG")
-OK = text(caption="a dog")
-
-
-def three() -> bytes:
-    return tars.tar([*sample("a", 1), *sample("b", 2), *sample("c", 3)])
-
-
-def with_wrong_checksum(name: str) -> bytes:
-    content = bytearray(three())
-    content[tars.member_header(three(), name) + 120] ^= 1
-    return bytes(content)
-
-
-BEFORE = "the last one before a damage: members may be missing"
-BEHIND = "the first one behind a damage: members may be missing"
-
-# Name: bytes of the shard, what its line says, and key -> problem of its samples.
-SHARDS: dict[str, tuple[Callable[[], bytes], str, dict[str, str | None]]] = {
-    "zero bytes": (lambda: b"", "an empty file (0 bytes)", {}),
-    "no tar": (lambda: b"\x1f\x8b\x08" + bytes(range(256)) * 40, "not a tar: no header at its beginning", {}),
-    "cut in data": (
-        lambda: three()[: tars.member_header(three(), "c.jpg") + tars.BLOCK + 100],
-        "cut off at byte {size}: no end-of-archive marker",
-        {"a": None, "b": None, "c": "member jpg: cut off: 100 of {jpg} bytes"},
-    ),
-    "cut in a header": (
-        lambda: three()[: tars.member_header(three(), "c.jpg") + 77],
-        "cut off within a header at byte {header}; 77 bytes skipped",
-        {"a": None, "b": BEFORE},
-    ),
-    "cut between two samples": (
-        lambda: three()[: tars.member_header(three(), "c.jpg")],
-        "cut off at byte {size}: no end-of-archive marker",
-        {"a": None, "b": BEFORE},
-    ),
-    "checksum of a picture's header": (
-        lambda: with_wrong_checksum("b.jpg"),
-        "a damaged header (wrong checksum) at byte {damage}; {skipped} bytes skipped",
-        {"a": BEFORE, "b": BEHIND, "c": None},
-    ),
-    "two archives in one": (
-        lambda: tars.tar(sample("a")) + tars.tar([*sample("b"), *sample("c")]),
-        "another archive behind the end of the archive at byte 10240",
-        {"a": BEFORE, "b": BEHIND, "c": None},
-    ),
-}
+from tests.tars import sample
 
 
 @pytest.mark.parametrize("case", SHARDS)
 def test_damaged_shards(case: str, tmp_path: Path) -> None:
-    make, shard_line, problems = SHARDS[case]
-    content, whole = make(), three()
-    at = tars.member_header(whole, "b.jpg")
-    numbers = {
-        "size": len(content),
-        "jpg": len(picture(3)),
-        "header": tars.member_header(whole, "c.jpg"),
-        "damage": at,
-        "skipped": tars.member_header(whole, "b.json") - at,
-    }
+    content, line, expected = damaged_shard(case)
     tars.write(tmp_path / "s-0.tar", sample("good"))
     tars.write(tmp_path / "s-1.tar", content)
     tars.write(tmp_path / "s-2.tar", sample("other"))
-    expected = {key: problem.format(**numbers) if problem else None for key, problem in problems.items()}
-    line = shard_line.format(**numbers)
     bad = [f", key {key}: {problem}" for key, problem in expected.items() if problem]
     with pytest.raises(BadSample) as caught:
         build_index(tmp_path)

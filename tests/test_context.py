@@ -18,7 +18,7 @@ from step37_lit.megatron.context import ContextSeqParams, with_chunks
 from step37_lit.megatron.core_attention import FlashCoreAttention, SDPACoreAttention
 from step37_lit.megatron.inference import inference_mode
 from step37_lit.megatron.layout import ParallelLayout
-from step37_lit.megatron.vision_parallel import balanced
+from step37_lit.megatron.shares import balanced
 from tests.test_core_attention import borders, by_definition, random_qkv
 from tests.training import module_arguments, trainer_arguments
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import resource
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -269,33 +267,3 @@ def test_export_goes_on_where_a_full_disk_stopped_it(hub: Path, tmp_path: Path, 
     assert limited(tmp_path, 90_000, *other).returncode == 2
     code, out, _ = convert(capsys, *other, "--dtype", "fp32")
     assert code == 0 and "kept" not in out
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """kill -9 after the n-th file of an export, and during an import: the target is absent or whole."""
-    tensors = read_hub(hub)
-    import_hub(hub, tmp_path / "ckpt")
-    whole = 0
-    for moment in range(8):
-        output, ckpt = tmp_path / f"hub{moment}", tmp_path / f"ckpt{moment}"
-        for command, target in (
-            (["export", "--checkpoint", tmp_path / "ckpt", "--output", output, "--shard-size", "20KB"], output),
-            (["import", "--hub", hub, "--output", ckpt], ckpt),
-        ):
-            process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "step37_lit", "convert", *map(str, command)]
-            )
-            staged = target.with_name(f".{target.name}.{'export' if command[0] == 'export' else 'part'}")
-            while process.poll() is None and not (staged.is_dir() and len(list(staged.rglob("*"))) > 3 * moment):
-                time.sleep(0.001)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            whole += target.exists()
-            if not target.exists():
-                code, _, err = convert(capsys, *command)
-                assert code == 0, err
-        assert_same_tensors(read_hub(output), tensors)
-        assert not output.with_name(f".{output.name}.export").exists()
-    print(f"16 kills, {whole} after the end")
-    assert whole < 12

@@ -76,7 +76,7 @@ def test_the_cache_equals_a_full_forward_at_every_step(model: Step37Model, promp
         tokens: list[torch.Tensor] = []
         for _ in range(steps):
             tokens.append(logits[-1].argmax(-1))
-            logits.append(decoder.step(tokens[-1]))
+            logits.append(decoder.step(tokens[-1][:, None])[:, 0])
     by_row = torch.stack(tokens, 1).tolist()
     for row, prompt in enumerate(prompts):
         expected = full_logits(model, prompt, by_row[row])
@@ -333,11 +333,11 @@ def test_a_row_too_many_is_refused(model: Step37Model, prompts: list[Sample]) ->
     with inference_mode(model):
         decoder = RowDecoder(model, 40)
         decoder.prefill(PackedBatch.from_samples(prompts[:2]))
-        with pytest.raises(ValueError, match="one token for each of the 2 rows, found 3 sub-sequences"):
-            decoder.step(torch.tensor([1, 2, 3]))
+        with pytest.raises(ValueError, match="1 to 1 tokens for each of the 2 rows, found 3 sub-sequences"):
+            decoder.step(torch.tensor([[1], [2], [3]]))
         with pytest.raises(ValueError, match="capacity 40"):
             for _ in range(20):
-                decoder.step(torch.tensor([1, 2]))
+                decoder.step(torch.tensor([[1], [2]]))
 
 
 def test_the_published_window_of_512_is_passed(tokenizer: Step37Tokenizer) -> None:

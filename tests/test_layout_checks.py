@@ -27,6 +27,17 @@ REFUSED: list[tuple[int, dict[str, Any], str]] = [
         "strategy.expert: expected a divisor of the 4 processes of a pipeline stage (nearest: 4), found 8",
     ),
     (
+        8,
+        {"tensor": 4, "expert_tensor": 2},
+        "strategy.expert_tensor: expected 1 or 4 (strategy.tensor), found 2",
+    ),
+    (2, {"expert_tensor": 2}, "strategy.expert_tensor: expected 1, found 2"),
+    (
+        8,
+        {"tensor": 4, "expert_tensor": 4, "expert": 4},
+        "strategy.expert: expected a divisor of the 8 processes of a pipeline stage / expert_tensor 4 (nearest: 2), found 4",
+    ),
+    (
         12,
         {"tensor": 2, "pipeline": 9},
         "strategy.tensor x pipeline x context: expected a divisor of the 12 processes (nearest: 12), found 18",
@@ -87,12 +98,23 @@ def test_refuses(world: int, layout: dict[str, Any], line: str) -> None:
         (9, {"pipeline": 9}, [5] * 9),
         (3, {"pipeline": 3, "virtual_pipeline": 3}, [5] * 9),
         (512, {"tensor": 8, "sequence_parallel": True, "expert": 32}, [45]),
+        (512, {"tensor": 8, "sequence_parallel": True, "expert": 32, "expert_tensor": 8}, [45]),
     ],
 )
 def test_accepts(world: int, layout: dict[str, Any], pieces: list[int]) -> None:
     accepted = ParallelLayout(**layout)
     accepted.validate(Step37Config.preset(FLASH), world)
     assert accepted.layers_of_pieces(45) == pieces
+
+
+def test_experts_that_are_not_there_cannot_be_shared() -> None:
+    for name in ("expert", "expert_tensor"):
+        with pytest.raises(ConfigError, match=rf"strategy\.{name}: expected 1 \(the model has no experts\), found 2"):
+            ParallelLayout(tensor=2, **{name: 2}).validate(Step37Config.preset("tiny"), 2)
+    odd = Step37Config.preset("tiny_moe", expert_ffn_size=63)
+    refused = r"strategy\.expert_tensor: expected a divisor of text\.expert_ffn_size 63 \(nearest: 1\), found 2"
+    with pytest.raises(ConfigError, match=refused):
+        ParallelLayout(tensor=2, expert_tensor=2).validate(odd, 2)
 
 
 @pytest.mark.parametrize(("microbatches", "nearest"), [(2, 4), (6, 8), (7, 8)])

@@ -11,19 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from datamodules.bad_samples import BadSampleLedger, read_records
-from datamodules.packed import PackedDataModule, SetConfig
+from datamodules.bad_samples import read_records
+from datamodules.packed import SetConfig
 from datamodules.packed_steps import PackedEpochs
 from datamodules.steps import DataShare, StepLoader
 from step37_lit.batch import PackedBatch
 from step37_lit.errors import ConfigError
 from tests import shard_sets
+from tests.packed_loaders import MAX_LENGTH, MICROBATCHES, keys, loader, module, same
 
-NUMBER, MICROBATCHES, MAX_LENGTH = 48, 4, 160
+NUMBER = 48
 
 
 @pytest.fixture(scope="module")
@@ -38,24 +38,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def module(folder: Path, **changes: Any) -> PackedDataModule:
-    arguments: dict[str, Any] = {
-        "sets": str(folder / "first"),
-        "preset": "tiny",
-        "tokenizer": str(folder / "tokenizer.json"),
-        "max_length": MAX_LENGTH,
-        "microbatches": MICROBATCHES,
-        "num_workers": 0,
-    }
-    return PackedDataModule(**(arguments | changes))
-
-
-def loader(folder: Path, rank: int = 0, ranks: int = 1, workers: int = 0, **changes: Any) -> StepLoader:
-    data = module(folder, **changes)
-    source = PackedEpochs(data.planner, data.sets("train"), DataShare(rank, ranks))
-    return StepLoader(source, workers, 2, ledger=BadSampleLedger(data.bad, data.max_bad_share))
-
-
 def epochs(loaders: list[StepLoader], count: int) -> Iterator[tuple[dict[str, Any], list[PackedBatch]]]:
     """Each step's packs of all ranks in the global order, and the state behind it, which the ranks share."""
     for _ in range(count):
@@ -63,20 +45,6 @@ def epochs(loaders: list[StepLoader], count: int) -> Iterator[tuple[dict[str, An
             states = [loader.state_dict() for loader in loaders]
             assert all(state == states[0] for state in states)
             yield states[0], [own[i] for i in range(len(packs[0])) for own in packs]
-
-
-def keys(packs: list[PackedBatch]) -> list[tuple[str, ...]]:
-    return [pack.sample_keys for pack in packs]
-
-
-def same(a: PackedBatch, b: PackedBatch) -> bool:
-    tensors = ("input_ids", "labels", "loss_mask", "position_ids", "cu_seqlens")
-    pixels = zip(a.images, b.images, strict=True)
-    return (
-        a.sample_keys == b.sample_keys
-        and all(torch.equal(getattr(a, name), getattr(b, name)) for name in tensors)
-        and all(torch.equal(x.images, y.images) and x.insert_start_token == y.insert_start_token for x, y in pixels)
-    )
 
 
 def test_an_epoch_is_each_sample_once_in_whole_packs(folder: Path) -> None:

@@ -70,6 +70,10 @@ def test_exact_resume_in_the_middle_of_an_epoch_and_at_its_end(sets: Path, tmp_p
         resumed = fit(tmp_path / f"resumed{stop}", sets, checkpoint, workers)
         assert resumed.keys == whole.keys[stop:]
         assert resumed.rows == whole.rows[stop:]  # to the last bit
+    # The run that was resumed at the first epoch's end stops at the second's: no epoch comes twice.
+    (checkpoint,) = (tmp_path / f"resumed{epoch}").glob(f"step={2 * epoch}.ckpt")
+    again = fit(tmp_path / "again", sets, checkpoint)
+    assert again.keys == whole.keys[2 * epoch :] and again.rows == whole.rows[2 * epoch :]
 
 
 def test_what_is_logged(sets: Path, tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from typing import Any, Literal
 
 from step37_lit.errors import ConfigError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+OWN_HASH = "sha256"
 KINDS = ("training", "weights", "fault")
 SMALL_FILE = 16 * 2**20  # bytes up to which `sample` hashes every file
 SAMPLED_SHARE = 8  # of the larger ones it hashes one in this many
@@ -64,8 +65,15 @@ class Manifest:
     def num_bytes(self) -> int:
         return sum(entry.size for entry in self.files.values())
 
+    def headline(self, folder: Path) -> str:
+        """What a resumed run says of it."""
+        return f"step {self.step}, epoch {self.epoch}: {folder}, {self.num_bytes / 1e6:.1f} MB"
+
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n"
+        """The file's text; its last field is the SHA-256 of the others, so that no bit of it can change unseen."""
+        plain = {"format": FORMAT, **dataclasses.asdict(self)}
+        digest = hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+        return json.dumps(plain | {OWN_HASH: digest}, indent=1) + "\n"
 
 
 def hash_file(path: Path) -> FileEntry:
@@ -95,21 +103,25 @@ def read_manifest(folder: Path) -> Manifest:
     """Reads and checks a manifest; no other file is looked at.
 
     Raises:
-        ConfigError: there is none, it cannot be read, or a path in it leads out of the folder.
+        ConfigError: there is none, it cannot be read, a path in it leads out of the folder, or it was changed.
     """
     file = folder / MANIFEST
     if not folder.is_dir():
         raise ConfigError("checkpoint", "a checkpoint's folder", "no folder", folder)
     if not file.is_file() or file.is_symlink():
         raise ConfigError("checkpoint", "a file (without it the checkpoint is half-written)", "none", file)
+    content = file.read_bytes()
     try:
-        plain = json.loads(file.read_bytes())
+        plain = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ConfigError("checkpoint", "JSON", str(error), file) from error
     found = plain.get("format") if isinstance(plain, dict) else plain
     if found != FORMAT or isinstance(found, bool):
         raise ConfigError("format", FORMAT, _shown(found), file)
-    return _manifest_of(plain, file)
+    manifest = _manifest_of(plain, file)
+    if manifest.to_json().encode() != content:
+        raise ConfigError("checkpoint", "a manifest as it was written", f"{OWN_HASH} {_shown(plain[OWN_HASH])}", file)
+    return manifest
 
 
 def _manifest_of(plain: dict[str, Any], file: Path) -> Manifest:
@@ -117,8 +129,9 @@ def _manifest_of(plain: dict[str, Any], file: Path) -> Manifest:
         "kind": str, "step": int, "epoch": int, "layout": dict, "dtype": str, "packages": dict,
         "created": (int, float), "files": dict,
     }  # fmt: skip
-    if plain.keys() != {"format", *types}:
-        raise ConfigError("fields", sorted({"format", *types}), sorted(plain), file)
+    expected = {"format", *types, OWN_HASH}
+    if plain.keys() != expected:
+        raise ConfigError("fields", sorted(expected), sorted(plain), file)
     for name, kind in types.items():
         if not isinstance(plain[name], kind) or isinstance(plain[name], bool):
             raise ConfigError(name, "a value of its type", _shown(plain[name]), file)

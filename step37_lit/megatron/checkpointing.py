@@ -147,8 +147,8 @@ class CheckpointHooks:
             self.saver.remove(Path(filepath).absolute())
 
     def on_train_end(self) -> None:
-        with self.progress.untimed("the last save"):
-            self.saver.wait()
+        self.progress.mark("the end of training", timed=False)
+        self.saver.wait()
 
     def on_exception(self, exception: BaseException) -> None:
         """No save begins here, where other ranks may be gone; one that is under way gets a last chance."""
@@ -195,6 +195,8 @@ class CheckpointHooks:
                 print_once(f"resume      passed over: {error}")
                 continue
             self._check_fits(candidate, manifest, fitting)
+            if number > 0:
+                print_once(f"resume      {manifest.headline(candidate)}")
             self._source = (candidate, manifest)
             return
 
@@ -266,6 +268,17 @@ class CheckpointHooks:
         load_optimizer(chunks_of(self.lightning_module.model), optimizer, self._source[0], state["steps"])
         restore_schedulers(self.lightning_module.trainer, checkpoint)
         self._source = None
+
+    def on_train_start(self) -> None:
+        """Begins the next epoch where the checkpoint is of an epoch's last batch.
+
+        Lightning counts that epoch as done then, but takes the next one for the rest of it: it is not begun, its
+        counters fall behind, and a second resume at an epoch's end repeats an epoch.
+        """
+        loop = self.lightning_module.trainer.fit_loop
+        epochs = loop.epoch_progress.current
+        if loop.restarted_mid_epoch and epochs.processed == epochs.started:
+            loop.reset_restart_stage()
 
     def restore_random_state(self, states: dict[str, Any]) -> None:
         """Puts the generators where they were; in another layout they begin anew, as there is no same one."""

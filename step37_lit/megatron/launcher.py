@@ -12,6 +12,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +23,12 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from step37_lit import signals
+from step37_lit.exit_codes import RANK_LOST
 from step37_lit.signals import Stop, Stopped
 
 PARENT = "STEP37_LAUNCHER_PID"
 PATIENCE = 60.0  # seconds that the other ranks have behind the end of this one
+POLL_SECONDS, GRACE = 0.5, 5.0
 PR_SET_PDEATHSIG = 1
 
 
@@ -58,12 +62,29 @@ class RankLauncher(_SubprocessScriptLauncher):
                 self._call_children_scripts()
                 del os.environ[PARENT]
                 atexit.register(_wait_for, self.procs)
+                threading.Thread(target=self._observe, args=(trainer.strategy,), daemon=True).start()
             _set_num_threads_if_needed(num_processes=self.num_processes)
             result = function(*args, **kwargs)
             stop = trainer.strategy.stop  # type: ignore[attr-defined]
             if stop:
                 raise Stopped(stop)
             return result
+
+    def _observe(self, strategy: Any) -> None:
+        """Until the ranks watch each other: this one would wait for one that has ended while it started."""
+        ended: list[subprocess.Popen] = []
+        while not ended:
+            time.sleep(POLL_SECONDS)
+            if strategy.watching:
+                return
+            ended = [process for process in self.procs if process.poll()]
+        time.sleep(GRACE)  # this one may have the same error
+        number = 1 + self.procs.index(ended[0])
+        code = ended[0].returncode
+        how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+        text = f"error: local rank {number} (pid {ended[0].pid}) has ended with {how} before all ranks were there\n"
+        os.write(2, text.encode())
+        signals.end_process(code if code > 0 else RANK_LOST)
 
 
 class _NoHandlers(_SignalConnector):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import linecache
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from types import FrameType
 from typing import Literal
 
 GRACE = 2.0  # seconds behind a rank's error in which others may turn out to have died, or to have the same error
+STANDING = 1.0  # seconds at one mark behind which it is looked up where in the code that is
 MOST_PLACES = 6  # in a line
 DEBUGGERS = ("bdb.py", "pdb.py", "pydevd.py")
 WAITING = (".wait(", "_engine_run_backward(", ".item()", ".tolist()", "synchronize(")  # innermost lines of Python
@@ -34,7 +36,7 @@ class Member:
     role: str
 
     def __str__(self) -> str:
-        return f"rank {self.rank} ({self.role}) on {self.host}, pid {self.pid}"
+        return f"rank {self.rank} ({self.role}; {self.host}, pid {self.pid})"
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Position:
 
     Args:
         marks: Marks that it has passed; every rank passes the same ones.
-        where: Such as "step 17: forward and backward".
+        where: Such as "step 17 (forward and backward)".
         timed: Whether standing still here means anything. Loading and saving take as long as they take.
         line: Where its Python code stands; empty if unknown.
         waits: Whether that is a line in which it may wait for other ranks.
@@ -61,26 +63,26 @@ class Progress:
 
     def __init__(self) -> None:
         self._thread = threading.current_thread().ident
-        self._at: tuple[int, str, bool] = (0, "start", False)
+        self._at: tuple[int, str, bool, float] = (0, "start", False, time.monotonic())
 
     def mark(self, where: str, timed: bool = True) -> None:
-        self._at = (self._at[0] + 1, where, timed)
+        self._at = (self._at[0] + 1, where, timed, time.monotonic())
 
     @contextmanager
     def untimed(self, where: str) -> Iterator[None]:
         self.mark(where, timed=False)
         yield
-        self.mark(f"behind {where}")
+        self.mark("between steps")
 
     def position(self) -> Position:
-        marks, where, timed = self._at
-        frame = sys._current_frames().get(self._thread or 0)
+        marks, where, timed, since = self._at
+        frame = sys._current_frames().get(self._thread or 0) if time.monotonic() - since > STANDING else None
         if frame is None:
             return Position(marks, where, timed)
         if any(Path(each.f_code.co_filename).name in DEBUGGERS for each in _stack(frame)):
             return Position(marks, f"a debugger, {where}", False)
-        file, line = frame.f_code.co_filename, frame.f_lineno
-        code = linecache.getline(file, line)
+        file, line = frame.f_code.co_filename, frame.f_lineno  # None between two lines
+        code = linecache.getline(file, line) if line else ""
         waits = "/torch/distributed/" in file or any(call in code for call in WAITING)
         return Position(marks, where, timed, f"{Path(file).name}:{line} {frame.f_code.co_name}", waits)
 
@@ -152,10 +154,10 @@ def judge(seen: Mapping[int, Seen], now: float, hang_timeout: float | None) -> V
 def _stuck(here: list[Seen], hang_timeout: float) -> Verdict:
     least = min(each.position.marks for each in here)
     behind = [each for each in here if each.position.marks == least]
-    if len(behind) == len(here):  # all are at the same mark: who does not wait there is who the others wait for
-        behind = [each for each in here if not each.position.waits]
+    # Of several at the same mark, who does not wait there is who the others wait for.
+    behind = [each for each in behind if not each.position.waits] or behind
     text = f"no rank has come further for {hang_timeout:g} s"
-    if not behind or len(behind) == len(here):
+    if len(behind) == len(here):
         return Verdict(f"{text}: {places(here, with_code=True)}", None, "stuck")
     others = [each for each in here if each is not behind[0]]
     at = place(behind[0].position, with_code=True)
@@ -170,16 +172,16 @@ def _verdict(kind: Literal["dead", "failed", "silent"], one: Seen, text: str, se
 
 
 def places(seen: Sequence[Seen], with_code: bool = False) -> str:
-    """Where ranks were last seen, those at one place together: "ranks 0, 1 in step 3: optimizer"."""
+    """Where ranks were last seen, those at one place together: "ranks 0, 1 in step 3 (optimizer)"."""
     at: dict[str, list[int]] = {}
-    for each in seen:
+    for each in sorted(seen, key=lambda each: each.member.rank):
         at.setdefault(place(each.position, with_code), []).append(each.member.rank)
     shown = [f"{ranks_text(ranks)} in {where}" for where, ranks in list(at.items())[:MOST_PLACES]]
     return ", ".join(shown) + (f", {len(at) - MOST_PLACES} places more" if len(at) > MOST_PLACES else "")
 
 
 def place(position: Position, with_code: bool = False) -> str:
-    return f"{position.where} ({position.line})" if with_code and position.line else position.where
+    return f"{position.where} at {position.line}" if with_code and position.line else position.where
 
 
 def ranks_text(ranks: list[int]) -> str:

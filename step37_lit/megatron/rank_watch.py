@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import selectors
@@ -82,7 +83,9 @@ class RankWatch:
 
     def __init__(self, member: Member, progress: Progress, hang_timeout: float | None):
         self.member, self.progress, self.hang_timeout = member, progress, hang_timeout
-        self.interval = min(LONGEST_INTERVAL, (hang_timeout or float("inf")) / INTERVALS)
+        patience = math.inf if hang_timeout is None else hang_timeout
+        self.interval = min(LONGEST_INTERVAL, patience / INTERVALS)
+        self._longest_pause = patience / 2
         self._selector = selectors.DefaultSelector()
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._selector.register(self._wake_reader, selectors.EVENT_READ, None)
@@ -118,11 +121,25 @@ class RankWatch:
     # ---- in the thread ----
 
     def _run(self) -> None:
+        try:
+            self._watch()
+        except Exception as error:  # a fault of the watch's own must not look like one of the rank's
+            text = f"warning: {self.member} is watched no more: {type(error).__name__}: {error}\n"
+            os.write(2, text.encode())
+        if self._released.is_set():  # it fails by itself, and its end is to be seen from the connections' end
+            return
+        self._leave()
+        for connection in self._connections():
+            connection.close()
+        self._selector.close()
+        self._released.set()
+
+    def _watch(self) -> None:
         last = time.monotonic()
         while not self._closing:
             ready = [key for key, _ in self._selector.select(self._patience())]
             now = time.monotonic()
-            if now - last > 3 * self.interval + 1:  # this process was stopped itself: others may have been, too
+            if now - last > self._longest_pause:  # stopped itself, and others may have been, too
                 self._forgive(now - last)
             last = now
             for key in ready:
@@ -132,12 +149,6 @@ class RankWatch:
                     key.data(now)
             if not self._closing:
                 self._turn(now)
-        if self._released.is_set():  # it fails by itself, and its end is to be seen from the connections' end
-            return
-        self._leave()
-        for connection in self._connections():
-            connection.close()
-        self._selector.close()
 
     def _release(self) -> None:
         """Lets the main thread go on with its error, and nobody else's end matters any more."""
@@ -148,13 +159,16 @@ class RankWatch:
         with contextlib.suppress(OSError):
             self._wake_writer.send(b"w")
 
-    def _end(self, line: str, speaks: bool, kills: int | None) -> None:
-        """Ends this process: without waiting for the main thread, which is in a collective that never ends."""
+    def _tell(self, line: str, speaks: bool, kills: int | None) -> None:
+        """Prints the verdict and ends a process of this machine that does not answer, where this rank is to do it."""
         if speaks:
             os.write(2, f"error: {line}\n".encode())
         if kills is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(kills, signal.SIGKILL)
+
+    def _end(self) -> None:
+        """Ends this process: without waiting for the main thread, which is in a collective that never ends."""
         flushing = threading.Thread(target=sys.stdout.flush, daemon=True)  # whose lock the main thread may hold
         flushing.start()
         flushing.join(SEND_SECONDS)
@@ -269,8 +283,9 @@ class FirstRankWatch(RankWatch):
             return
         if now - self._told >= self.interval:
             self._told = now
+            others = places([each for rank, each in self._seen.items() if rank != 0])
             for link in self._links.values():
-                link.send(position=asdict(own.position), places=places(list(self._seen.values())))
+                link.send(position=asdict(own.position), places=others)
 
     def _carry_out(self, verdict: Verdict) -> None:
         living = [each.member for each in self._seen.values() if each.state in ("here", "failed")]
@@ -289,10 +304,9 @@ class FirstRankWatch(RankWatch):
         if releases == 0:
             self._release()
             return
-        if speakers.get(self.member.host) == 0:
-            os.write(2, f"error: {verdict.line}\n".encode())
+        self._tell(verdict.line, speakers.get(self.member.host) == 0, kills if killer == 0 else None)
         self._linger()
-        self._end(verdict.line, speaks=False, kills=kills if killer == 0 else None)
+        self._end()
 
     def _linger(self) -> None:
         """Until the others have ended: this process's end takes those with it that Lightning started."""
@@ -348,7 +362,8 @@ class OtherRankWatch(RankWatch):
             return
         for message in messages:
             if "verdict" in message:
-                self._end(message["verdict"], message["speaks"], message["kills"])
+                self._tell(message["verdict"], message["speaks"], message["kills"])
+                self._end()
             if "release" in message:
                 self._release()
             if "bye" in message:
@@ -378,7 +393,8 @@ class OtherRankWatch(RankWatch):
         first = self._first.member
         near = kills and self._speaks and first.host == self.member.host
         line = f"{first} {what}; last seen in {place(self._first.position)}; {self._places}"
-        self._end(line, self._speaks, first.pid if near else None)
+        self._tell(line, self._speaks, first.pid if near else None)
+        self._end()
 
     def _leave(self) -> None:
         self._report(bye=True)

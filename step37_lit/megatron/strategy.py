@@ -75,6 +75,7 @@ class MegatronStrategy(StopHooks, WatchHooks, CheckpointHooks, DDPStrategy):
         pipeline_layout: Decoder layers of each piece in the model's order, pipeline x virtual_pipeline numbers; None
             splits them evenly.
         expert: Ranks that share the routed experts.
+        expert_tensor: Ranks that share each routed expert's matrices: 1, or as many as `tensor`.
         context: Ranks that share each pack's row.
         sequence_parallel: Split the residual stream over the tensor ranks between matrices.
         recompute: `none` keeps all activations; `selective` computes core attention and SwiGLUs again in the backward
@@ -103,6 +104,7 @@ class MegatronStrategy(StopHooks, WatchHooks, CheckpointHooks, DDPStrategy):
         virtual_pipeline: int | None = None,
         pipeline_layout: list[int] | None = None,
         expert: int = 1,
+        expert_tensor: int = 1,
         context: int = 1,
         sequence_parallel: bool = False,
         recompute: RecomputeMode = "none",
@@ -120,7 +122,7 @@ class MegatronStrategy(StopHooks, WatchHooks, CheckpointHooks, DDPStrategy):
         precision_plugin: Precision | None = None,
     ):
         self.layout = ParallelLayout(
-            tensor, pipeline, virtual_pipeline, pipeline_layout, expert, context, sequence_parallel
+            tensor, pipeline, virtual_pipeline, pipeline_layout, expert, expert_tensor, context, sequence_parallel
         )
         self.overlap_data_parallel = overlap_data_parallel
         self.recompute = Recompute(recompute, recompute_layers, recompute_vision)
@@ -211,13 +213,13 @@ class MegatronStrategy(StopHooks, WatchHooks, CheckpointHooks, DDPStrategy):
         if self.overlap_data_parallel:  # a rank that leaves out its vision tower would exchange other weights
             bare = [pack.sample_keys for pack in microbatches if not pack.images]
             require(not bare, "strategy.overlap_data_parallel", "false with packs without pictures", bare)
-        self.progress.mark(f"step {self.step}: forward and backward")
+        self.progress.mark(f"step {self.step} (forward and backward)")
         for ddp in self.ddps:
             ddp.zero_grad_buffer()
         for optimizer in self.optimizers:
             optimizer.clear_gradients()
         result = schedule.train_step(self.ddps, microbatches, self.requested, self.step_watch)
-        self.progress.mark(f"step {self.step}: optimizer")
+        self.progress.mark(f"step {self.step} (optimizer)")
         if result.stop:  # on all ranks: one that could not write its part has made them stop here
             self.end_behind_step(result.stop)
             with self.progress.untimed("a wait for the last save"):
@@ -337,10 +339,10 @@ class MegatronStrategy(StopHooks, WatchHooks, CheckpointHooks, DDPStrategy):
         """A step's packs on the device; all ranks of a model-parallel group have their reader's."""
         trainer = self.lightning_module.trainer
         if not trainer.training:
-            self.progress.mark(f"a batch of {trainer.state.stage.value} behind step {trainer.global_step}")
+            self.progress.mark(f"{trainer.state.stage.value} behind step {trainer.global_step}")
             self.end_here_if_asked()
         else:
-            self.progress.mark(f"step {self.step}: packs")
+            self.progress.mark(f"step {self.step} (packs)")
         return pack_exchange.share_packs(super().batch_to_device(batch, device, dataloader_idx))
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:

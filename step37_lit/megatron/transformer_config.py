@@ -67,7 +67,7 @@ def to_megatron(
         pipeline_model_parallel_layout=_pieces(layout, text.num_layers),
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=layout.expert_tensor,
         sequence_parallel=layout.sequence_parallel,
         variable_seq_lengths=layout.pipeline > 1,
         # gloo and NCCL both swap messages when previous and next stage are the same peer (PP2 with virtual stages).

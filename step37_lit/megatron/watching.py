@@ -50,6 +50,10 @@ class WatchHooks:
         except OSError as error:
             raise LaunchError(f"watch: {error}") from error
 
+    @property
+    def watching(self) -> bool:
+        return self._watch is not None
+
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)  # type: ignore[misc]
         if self._watch is not None and not isinstance(exception, Stopped):

@@ -17,10 +17,10 @@ from step37_lit.megatron.checkpointing import read_training_state
 from tests.checkpoints.save_worker import save_without_end
 from tests.forks import PATIENCE, Child
 from tests.reliability.figure import Figure
+from tests.reliability.moments import SAVING
 from tests.reliability.mounts import tmpfs
 from tests.reliability.runs import digests
 
-SAVING = ".step_??????.part"
 LONGEST = 0.03  # seconds of a save of the tests' model
 
 

@@ -14,8 +14,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from step37_lit import MegatronStrategy, Step37LitModule
 from tests.reliability.figure import Figure
+from tests.reliability.runs import Place, compare, make_set
 from tests.training import Record, TinyData, module_arguments, trainer_arguments
 
+COMMAND_STEPS, NUM_CHAINS = 24, 12
 # Steps, and the stops of the short version; bf16 products are slow on a CPU.
 RUNS: dict[str, tuple[int, tuple[int, ...]]] = {"32-true": (40, (1, 7, 23)), "bf16-true": (6, (2,))}
 
@@ -31,9 +33,32 @@ def measure(full: bool, seed: int, folder: Path) -> Figure:
             different = differences(_stopped(folder, steps, stop, seed, precision), expected, f"{precision}, {stop}")
             good, tried = good + (not different), tried + 1
             print("\n".join(different[:3]), end="")
+    if full:
+        chains = _chains(random.Random(seed))
+        different = [each for each in chains if not _same_by_command(folder, each)]
+        good, tried = good + len(chains) - len(different), tried + len(chains)
+        print(f"stops that changed the run: {different}")
     compared = "loss, gradient norm, learning rate, weights, moments, scheduler, random numbers"
-    stops = "a stop at each k" if full else "some stops"
-    return Figure(good, tried, f"{stops} of 40 fp32 steps and of 6 bf16 ones; {compared}")
+    stops = "a stop at each k of 40 fp32 steps and of 6 bf16 ones" if full else "some stops"
+    commands = f"; {NUM_CHAINS} runs of packs by the command with 2 to 6 stops each" if full else ""
+    return Figure(good, tried, f"{stops}{commands}; {compared}")
+
+
+def _chains(draw: random.Random) -> list[list[int]]:
+    """Stops of each run; epochs are three steps long, and validations come every seven."""
+    chains = [[6, 12], [3, 6, 9, 12, 15, 18], [7, 14, 21], [21, 22]]
+    return chains + [sorted(draw.sample(range(1, COMMAND_STEPS), draw.randint(2, 6))) for _ in range(NUM_CHAINS - 4)]
+
+
+def _same_by_command(folder: Path, stops: list[int]) -> bool:
+    data, straight = folder / "data", Place(folder / "straight", folder / "straight" / "run")
+    if not data.exists():
+        make_set(data)
+        Place.make(straight.folder, data, COMMAND_STEPS).finish()
+    place = Place.make(folder / "-".join(map(str, stops)), data, COMMAND_STEPS)
+    for stop in [*stops, COMMAND_STEPS]:
+        place.finish(f"--trainer.max_steps={stop}")
+    return compare(straight, place, COMMAND_STEPS) == []
 
 
 def _stopped(folder: Path, steps: int, stop: int, seed: int, precision: str) -> dict[str, Any]:

@@ -7,14 +7,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.forks import PATIENCE
-from tests.reliability.atomic_save import SAVING
 from tests.reliability.figure import Figure
-from tests.reliability.runs import LOADING, STEP, VALIDATION, Place, compare, debris, make_set, phases_file
+from tests.reliability.moments import AIMS, Moment, phase
+from tests.reliability.runs import Place, compare, debris, make_set, phases_file
 
 STEPS, KILLS_OF_A_RUN = 42, 8
-AIMS = {"step": STEP, "validation": VALIDATION, "load": LOADING, "save": b""}
-LONGEST = {"step": 0.02, "validation": 0.05, "load": 0.3, "save": 0.03}  # seconds that one takes on a quiet machine
 
 
 def measure(full: bool, seed: int, folder: Path) -> Figure:
@@ -39,45 +36,24 @@ def _disturb(place: Place, times: int, draw: random.Random) -> Counter[str]:
     """Kills a run up to `times` times; what it was doing when it was hit."""
     hits: Counter[str] = Counter()
     for number in range(times):
-        aim = draw.choice(list(AIMS) if number else ["step", "validation", "save"])  # the first has nothing to load
-        hit = kill(place, aim, draw)
+        moment = Moment.draw(draw, list(AIMS) if number else ["step", "validation", "save"])  # nothing to load at first
+        hit = kill(place, moment)
         if hit is None:
             break
         hits[hit] += 1
     return hits
 
 
-def kill(place: Place, aim: str, draw: random.Random) -> str | None:
-    """Starts the run and kills it in a phase; what it was doing, or None where it came to its end before."""
+def kill(place: Place, moment: Moment) -> str | None:
+    """Starts the run and kills it; what it was doing, or None where it came to its end before."""
     file = phases_file(place.ledger)
-    before = file.stat().st_size if file.exists() else 0
-    wanted = draw.randint(1, 6) if aim == "step" else 1
-    begun, deadline = time.time_ns(), time.monotonic() + PATIENCE
+    before, begun = file.stat().st_size if file.exists() else 0, time.time_ns()
     child = place.start()
-
-    def reached() -> bool:
-        if aim == "save":
-            return saving(place, begun)
-        return file.exists() and file.read_bytes()[before:].count(AIMS[aim]) >= wanted
-
     try:
-        while child.running and not reached():
-            assert time.monotonic() < deadline, f"no {aim} in {PATIENCE} s"
-            time.sleep(0.001)
-        time.sleep(draw.random() * LONGEST[aim])
+        moment.wait(place, child, begun, before)
     finally:
         child.kill()
     if child.process.exitcode == 0:
         return None
     assert child.process.exitcode == -9, child.done().err
-    if saving(place, begun):
-        return "save"
-    return {LOADING: "load", STEP: "step", VALIDATION: "validation"}.get(place.phase(), "moment between")
-
-
-def saving(place: Place, since: int) -> bool:
-    """Whether a save is or was under way that began behind `since` (ns); the next one removes what is older."""
-    try:
-        return any(path.stat().st_ctime_ns > since for path in place.checkpoints.glob(SAVING))
-    except FileNotFoundError:  # it has just got its name
-        return False
+    return phase(place, begun)

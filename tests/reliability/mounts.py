@@ -27,6 +27,21 @@ def make_read_only(folder: Path, read_only: bool = True) -> None:
     _run("mount", "-o", f"remount,{'ro' if read_only else 'rw'}", str(folder))
 
 
+@contextlib.contextmanager
+def fill(folder: Path, leaving: int = 0) -> Iterator[None]:
+    """Fills the disk that a folder is on but for `leaving` bytes."""
+    filler = folder / ".filler"
+    with filler.open("wb", buffering=0) as file:
+        with contextlib.suppress(OSError):
+            while file.write(bytes(65536)):
+                pass
+        file.truncate(max(0, file.tell() - leaving))
+    try:
+        yield
+    finally:
+        filler.unlink()
+
+
 @functools.cache
 def refusal() -> str | None:
     """Why nothing can be mounted here; None where it can."""

@@ -12,6 +12,7 @@ import argparse
 import datetime
 import fcntl
 import importlib
+import logging
 import os
 import platform
 import shutil
@@ -65,6 +66,7 @@ def main() -> int:
         parser.error(f"rows {unknown}: expected any of {', '.join(ROWS)}")
     if options.short and options.full:
         parser.error("--short or --full")
+    logging.disable(logging.WARNING)  # Lightning's, of every run
     fallen_short = [name for name in names if not _run(name, not options.short, options.seed, options.folder)]
     print(f"{len(names) - len(fallen_short)} of {len(names)} rows hold; not: {', '.join(fallen_short) or 'none'}")
     return 1 if fallen_short else 0

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import json
 import os
+import socket
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,9 +33,9 @@ VISION = {"width": 32, "num_layers": 1, "num_heads": 2, "ffn_hidden_size": 64}
 LOADING, STEP, VALIDATION, BETWEEN = b"l", b"s", b"v", b"-"
 
 
-def make_set(folder: Path) -> Path:
+def make_set(folder: Path, samples: int = SAMPLES) -> Path:
     """A set of shards with an index, and its tokenizer beside it."""
-    shard_sets.write_shards(folder / "set", range(SAMPLES))
+    shard_sets.write_shards(folder / "set", range(samples))
     shard_sets.index(folder / "set", shard_sets.tokenizer_file(folder))
     return folder
 
@@ -146,21 +147,43 @@ class Place:
     def checkpoints(self) -> Path:
         return self.run / CHECKPOINTS
 
-    def start(self, *options: str) -> forks.Child:
-        number = len(list(self.folder.glob("fit*.out")))
-        arguments = (str(self.recipe), str(self.ledger), *options)
-        return forks.Child(fit, arguments, self.folder, self.folder / f"fit{number:03d}")
+    def ledger_of(self, rank: int) -> Path:
+        return self.ledger if rank == 0 else self.ledger.with_name(f"ledger{rank}.jsonl")
 
-    def finish(self, *options: str) -> forks.Done:
-        """Runs to the end, which must be a good one."""
-        done = self.start(*options).wait()
-        assert done.code == 0, f"exit code {done.code}\n{done.out[-3000:]}\n{done.err[-3000:]}"
-        return done
+    def start(self, *options: str) -> forks.Child:
+        """One rank."""
+        (child,) = self.start_ranks(1, *options)
+        return child
+
+    def start_ranks(self, ranks: int, *options: str) -> list[forks.Child]:
+        number = len(list(self.folder.glob("fit*-0.out")))
+        common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        children = []
+        for rank in range(ranks):
+            arguments = (str(self.recipe), str(self.ledger_of(rank)), f"--trainer.devices={ranks}", *options)
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+            log = self.folder / f"fit{number:03d}-{rank}"
+            environment = common | own if ranks > 1 else None
+            children.append(forks.Child(fit, arguments, self.folder, log, environment))
+        return children
+
+    def finish(self, *options: str, ranks: int = 1) -> forks.Done:
+        """Runs to the end, which must be a good one; gives rank 0's."""
+        ends = [child.wait() for child in self.start_ranks(ranks, *options)]
+        for rank, done in enumerate(ends):
+            assert done.code == 0, f"rank {rank}: exit code {done.code}\n{done.out[-3000:]}\n{done.err[-3000:]}"
+        return ends[0]
 
     def phase(self) -> bytes:
         """The last phase that was begun; empty before the first one."""
         file = phases_file(self.ledger)
         return file.read_bytes()[-1:] if file.exists() else b""
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def digests(checkpoint: Path, parts: Sequence[str] = ("model", "optimizer")) -> dict[str, str]:
@@ -182,21 +205,30 @@ def metrics(run: Path) -> dict[str, list[tuple[int, str]]]:
     return {name: [(int(row["step"]), row[name]) for row in rows if row[name]] for name in names}
 
 
-def compare(straight: Place, disturbed: Place, steps: int) -> list[str]:
+def compare(straight: Place, disturbed: Place, steps: int, ranks: int = 1) -> list[str]:
     """What a run that was disturbed has otherwise than the straight one; empty where all is the same."""
-    expected = {line["step"]: line for line in read_ledger(straight.ledger)}
-    lines = read_ledger(disturbed.ledger)
-    wrong = [f"step {line['step']} differs" for line in lines if line != expected[line["step"]]]
-    kept = {line["step"]: line for line in lines}
-    if sorted(kept) != list(range(1, steps + 1)):
-        wrong.append(f"steps {sorted(set(range(1, steps + 1)) - set(kept))} are missing")
-    wrong += [f"sample {key}: {number} times, {times} expected" for key, number, times in _miscounted(kept, expected)]
+    wrong = []
+    for rank in range(ranks):
+        expected = {line["step"]: line for line in read_ledger(straight.ledger_of(rank))}
+        lines = read_ledger(disturbed.ledger_of(rank))
+        wrong += [f"step {line['step']} differs" for line in lines if line != expected[line["step"]]]
+        kept = {line["step"]: line for line in lines}
+        if sorted(kept) != list(range(1, steps + 1)):
+            wrong.append(f"steps {sorted(set(range(1, steps + 1)) - set(kept))} are missing")
+        counts = _miscounted(kept, expected)
+        wrong += [f"sample {key}: {found} times, expected {wanted}" for key, found, wanted in counts]
     last = f"step_{steps:06d}"
     one, other = digests(straight.checkpoints / last), digests(disturbed.checkpoints / last)
-    wrong += [f"{name} differs" for name in one if other.get(name) != one[name]]
-    one_, other_ = metrics(straight.run), metrics(disturbed.run)
-    wrong += [f"metrics.csv: {name} differs" for name in one_ if other_.get(name) != one_[name]]
+    wrong += [f"{name} differs" for name in one | other if other.get(name) != one.get(name)]
+    before, after = metrics(straight.run), metrics(disturbed.run)
+    wrong += [f"metrics.csv: {name} differs" for name in before if _logged(name, before, after) != before[name]]
     return wrong
+
+
+def _logged(name: str, straight: dict[str, Any], disturbed: dict[str, Any]) -> list[tuple[int, str]]:
+    """A column of a disturbed run; a run that a signal ends validates there, which the straight one does not."""
+    steps = {step for step, _ in straight[name]}
+    return [row for row in disturbed.get(name, []) if not name.startswith("val/") or row[0] in steps]
 
 
 def _miscounted(kept: dict[int, Any], expected: dict[int, Any]) -> list[tuple[str, int, int]]:

@@ -1,7 +1,7 @@
 """A training state of any layout loads into any other: weights, moments and their step counts, to the last bit.
 
-`make test-slow ARGS=tests/layouts/test_resharding.py` tries every ordered pair; the default run some of them. Each
-layout trains three steps of its own, so that a state that was left from before shows.
+The rows of the reliability table that measure it are in `tests/reliability/reshard.py`. Each layout trains three steps
+of its own, so that a state that was left from before shows.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from reshard_worker import digests
@@ -106,15 +104,3 @@ def check_pairs(root: Path, model: str, makers: list[str], takers: list[str]) ->
 
 def steps_of(checkpoint: Path) -> dict[str, int]:
     return read_training_state(checkpoint)["optimizer_states"][0]["steps"]
-
-
-@pytest.mark.parametrize(("model", "makers", "takers"), [("dense", ["DP2", "PP2"], ["TP2"]), ("moe", ["EP2"], ["PP2"])])
-def test_some_pairs(model: str, makers: list[str], takers: list[str], tmp_path: Path) -> None:
-    assert check_pairs(tmp_path, model, makers, takers) == len(makers) * len(takers)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", MODELS)
-def test_every_ordered_pair(model: str, tmp_path: Path) -> None:
-    layouts = list(MODELS[model][0])
-    assert check_pairs(tmp_path, model, layouts, layouts) == len(layouts) * (len(layouts) - 1) >= 56

