@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 RECIPE ?= recipes/scenes_tiny.yaml
+# Processes of `make test`, each with one thread; a file's tests share one, as they share what was made for them.
+WORKERS ?= 2
 
 .PHONY: fit test test-slow checks mutations layouts clean
 
@@ -13,7 +15,7 @@ fit: $(VENV)/.run
 
 # Everything that takes seconds; `make test-slow` runs the rest.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow $(ARGS)

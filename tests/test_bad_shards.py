@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,26 +17,6 @@ from tests.tars import picture, sample, text
 
 JPEG, PNG = picture(5), picture(5, "PNG")
 OK = text(caption="a dog")
-CHAT = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "a dog"}]
-
-
-def bomb_png() -> bytes:
-    """A PNG header of 60,000 x 60,000 pixels with a right checksum."""
-    size = struct.pack(">II5B", 60_000, 60_000, 8, 2, 0, 0, 0)
-    body = b"IHDR" + size
-    chunk = struct.pack(">I", len(size)) + body + struct.pack(">I", zlib.crc32(body))
-    return b"\x89PNG\r\n\x1a\n" + chunk + PNG[33:]
-
-
-def chat(*turns: dict) -> bytes:
-    return text(messages=list(turns))
-
-
-class Trap:
-    """Unpickling it writes a file."""
-
-    def __reduce__(self) -> tuple[Callable, tuple]:
-        return Path.touch, (Path("executed"),)
 
 
 def three() -> bytes:
