@@ -13,21 +13,23 @@ def test_a_signal_to_one_rank_ends_all_alike(tmp_path: Path) -> None:
 
 
 def test_a_validation_that_was_cut_is_made_up_for(tmp_path: Path) -> None:
-    """Losses, what validations log, and their captions are those of the straight run, each once."""
+    """Losses, what validations log, and their captions are those of the straight run, each once; also where the signal
+    ended the run between a step and its validation."""
     straight = RankRun(tmp_path / "straight", 1, Act(0, "never", "wait"))
     (ended,) = straight.wait()
     assert ended.code == 0, ended.err
-    cut = RankRun(tmp_path / "cut", 1, Act(0, "captions", "SIGUSR1"))
-    (ended,) = cut.wait()
-    assert ended.code == 75 and newest(cut.folder) == VALIDATED, ended.err
-    assert values(cut.folder)["val/loss"] == [] and not list(cut.folder.glob("run/captions/*.jsonl"))
-    (ended,) = cut.again(Act(0, "never", "wait")).wait()
-    assert ended.code == 0 and f"resume      step {VALIDATED}, " in ended.out, ended.err
-    expected, found = values(straight.folder), values(cut.folder)
-    assert [step for step, _ in found["val/loss"]] == [step - 1 for step in range(VALIDATED, LAST + 1, VALIDATED)]
-    assert found == expected
     captions = {path.name: path.read_bytes() for path in straight.folder.glob("run/captions/*.jsonl")}
-    assert {path.name: path.read_bytes() for path in cut.folder.glob("run/captions/*.jsonl")} == captions != {}
+    for moment in ("step", "captions"):
+        cut = RankRun(tmp_path / moment, 1, Act(0, moment, "SIGUSR1"))
+        (ended,) = cut.wait()
+        assert ended.code == 75 and newest(cut.folder) == VALIDATED, ended.err
+        assert values(cut.folder)["val/loss"] == [] and not list(cut.folder.glob("run/captions/*.jsonl"))
+        (ended,) = cut.again(Act(0, "never", "wait")).wait()
+        assert ended.code == 0 and f"resume      step {VALIDATED}, " in ended.out, ended.err
+        found = values(cut.folder)
+        assert [step for step, _ in found["val/loss"]] == [step - 1 for step in range(VALIDATED, LAST + 1, VALIDATED)]
+        assert found == values(straight.folder), moment
+        assert {path.name: path.read_bytes() for path in cut.folder.glob("run/captions/*.jsonl")} == captions != {}
 
 
 def values(folder: Path) -> dict[str, list[tuple[int, str]]]:
