@@ -11,6 +11,7 @@ import json
 import logging
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,7 +27,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from step37_lit.commands import INTERRUPTED, REQUEUE, USER_ERROR
-from step37_lit.errors import ConfigError, UserError, disk_error
+from step37_lit.errors import DISK_ERRORS, ConfigError, UserError, disk_error
 from step37_lit.lit_module import Step37LitModule, megatron_strategy
 from step37_lit.megatron.launch import PROJECT_PACKAGES
 from step37_lit.planner.short import short_form
@@ -242,6 +243,7 @@ def run(args: list[str]) -> int:
     Returns:
         The exit code: 0, 2 for a mistake of the user's (one line on stderr), 130 for Ctrl-C, 75 for SIGUSR1.
     """
+    threading.excepthook = _thread_ended
     for name in LIGHTNING_LOGGERS:  # which device was found is not news, and an error is one line
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
@@ -252,6 +254,12 @@ def run(args: list[str]) -> int:
     if not cli.interrupted:
         return 0
     return REQUEUE if cli.stop_signal == signal.SIGUSR1 else INTERRUPTED
+
+
+def _thread_ended(ended: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread, which prints how a full disk ended it and raises it in the main thread again."""
+    if not (isinstance(ended.exc_value, OSError) and ended.exc_value.errno in DISK_ERRORS):
+        threading.__excepthook__(ended)
 
 
 def recipes_of(args: list[str]) -> list[str]:
