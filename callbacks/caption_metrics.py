@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from step37_lit.generation import Completion, Generator
 from step37_lit.metrics import CIDErD, CocoBLEU, CocoROUGEL, DocumentFrequencies
 from step37_lit.report.pictures import save_picture
 from step37_lit.sampling import GenerationSettings
+from step37_lit.text_file import written_whole
 
 FOLDER = "captions"
 
@@ -213,6 +213,5 @@ def attribute_accuracy(datamodule: Any, captions: dict[str, Completion]) -> floa
 def write_captions(file: Path, rows: list[dict[str, Any]]) -> None:
     """JSONL; the file is whole or absent."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    staged = file.with_name(f".{file.name}.{os.getpid()}")
-    staged.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    staged.replace(file)
+    with written_whole(file) as staged:
+        staged.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
@@ -14,6 +13,7 @@ from jsonargparse.typing import NonNegativeFloat, PositiveInt
 
 from step37_lit.errors import ConfigError, require
 from step37_lit.image_header import ImageError
+from step37_lit.text_file import written_whole
 
 if TYPE_CHECKING:  # the help must not wait for torch
     from step37_lit.captioner import Step37Captioner
@@ -145,11 +145,8 @@ def _captions(
 
 def _write(file: Path, rows: list[dict[str, object]]) -> None:
     """The file is whole or absent."""
-    staged = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        staged.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        staged.replace(file)
+        with written_whole(file) as staged:
+            staged.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     except OSError as error:
         raise ConfigError("--jsonl", "a file that can be written", error.strerror, file=file) from error
-    finally:
-        staged.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from step37_lit import run_checks, signals
-from step37_lit.errors import ConfigError, UserError, disk_error
+from step37_lit.errors import DISK_ERRORS, ConfigError, UserError, disk_error
 from step37_lit.exit_codes import FAULT, USER_ERROR
 from step37_lit.faults import TrainingFault
 from step37_lit.lit_module import Step37LitModule, megatron_strategy
@@ -231,6 +232,7 @@ def run(args: list[str]) -> int:
         The exit code, see `exit_codes`: 0, 2 for a mistake of the user's and 65 for a fault of training (one line on
         stderr), a signal's.
     """
+    threading.excepthook = _thread_ended
     for name in LIGHTNING_LOGGERS:  # which device was found is not news, and an error is one line
         logging.getLogger(name).setLevel(logging.WARNING)
     with signals.listening():
@@ -246,6 +248,12 @@ def run(args: list[str]) -> int:
         except signals.Stopped as stopped:
             return stopped.stop.exit_code
         return signals.requested().exit_code  # of a signal that came when nothing was left to do
+
+
+def _thread_ended(ended: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread, which prints how a full disk ended it and raises it in the main thread again."""
+    if not (isinstance(ended.exc_value, OSError) and ended.exc_value.errno in DISK_ERRORS):
+        threading.__excepthook__(ended)
 
 
 def recipes_of(args: list[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 # A disk that is full (for everyone, for this user, for one file) or cannot be written to.
@@ -43,7 +44,8 @@ def disk_error(error: OSError, folder: str | Path) -> UserError | None:
         return within
     if error.errno not in DISK_ERRORS:
         return None
-    return ConfigError("files", "a disk that can be written to", error.strerror, error.filename or folder)
+    file = folder if error.filename is None else os.fsdecode(error.filename)
+    return ConfigError("files", "a disk that can be written to", error.strerror, file)
 
 
 def _shown(found: object) -> str:

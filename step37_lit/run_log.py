@@ -11,6 +11,8 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
+from step37_lit.text_file import written_whole
+
 VALIDATED = ("loss", "attribute_accuracy", "attribute_accuracy_seen", "generated_attribute_accuracy", "cider_d")
 
 
@@ -54,13 +56,10 @@ class _Writer(ExperimentWriter):
         self._replace(_whole_rows(Path(self.metrics_file_path)))
 
     def _replace(self, rows: list[dict[str, str]]) -> None:
-        path = Path(self.metrics_file_path)
-        staged = path.with_name(f".{path.name}.part")
-        with staged.open("w", newline="") as file:
+        with written_whole(Path(self.metrics_file_path)) as staged, staged.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
             writer.writeheader()
             writer.writerows(rows)
-        staged.replace(path)
 
 
 def _whole_rows(path: Path) -> list[dict[str, str]]:

@@ -1,12 +1,30 @@
-"""Small files that were written by others."""
+"""Small files: those of others are read strictly, own ones are written whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from step37_lit.errors import ConfigError
 
 LARGEST = 256 * 2**20  # bytes
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A file beside `path` to be written, which takes its place at the end; a failure or a kill leaves `path` alone.
+
+    Its name is always the same, so that the next write takes the place of what a kill has left.
+    """
+    staged = path.with_name(f".{path.name}.part")
+    try:
+        yield staged
+        staged.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # of a disk that cannot be written to
+            staged.unlink(missing_ok=True)
+        raise
 
 
 def read_bytes(path: Path) -> bytes:

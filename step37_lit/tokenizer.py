@@ -7,7 +7,6 @@ Special tokens are put in by name (`special_ids`), which only the processor does
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from step37_lit.config import TokenIds
 from step37_lit.errors import ConfigError, require
-from step37_lit.text_file import read_text
+from step37_lit.text_file import read_text, written_whole
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -119,9 +118,8 @@ class Step37Tokenizer:
         """Writes the `tokenizer.json`; the file is whole or absent."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_name(f".{path.name}.{os.getpid()}")
-        staged.write_text(self.content, encoding="utf-8")
-        staged.replace(path)
+        with written_whole(path) as staged:
+            staged.write_text(self.content, encoding="utf-8")
 
     @property
     def vocab_size(self) -> int:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import unicodedata
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
+
+from step37_lit.text_file import written_whole
 
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
 # Controls, format characters (overrides of the direction among them), surrogates, private, unassigned, separators.
@@ -43,12 +44,8 @@ def render(template: str, css: str, **values: Any) -> str:
 
 def write_page(html: str, path: Path) -> None:
     """Writes a page; the file is whole or absent. Raises `OSError` where it cannot be written."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with written_whole(path) as staged:
         staged.write_text(html, encoding="utf-8")
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 def visible(text: str) -> str:

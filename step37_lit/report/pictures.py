@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
-import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from step37_lit.text_file import written_whole
 
 FOLDER = Path("captions") / "pictures"
 SIDE = 160  # pixels at most
@@ -44,9 +45,8 @@ def save_picture(run: Path, key: str, pixels: np.ndarray, number: int = 0) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = Image.fromarray(pixels)
     picture.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    picture.save(staged, "JPEG", quality=QUALITY)
-    staged.replace(path)
+    with written_whole(path) as staged:
+        picture.save(staged, "JPEG", quality=QUALITY)
 
 
 def picture_uris(run: Path, key: str) -> tuple[str, ...]:

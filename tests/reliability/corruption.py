@@ -128,7 +128,7 @@ def _passed_over(straight: Place, data: Path, folder: Path, name: str, kind: str
     (POINTERS if pointer else KINDS)[kind](path, draw)
     done = place.finish()
     goes_on = f"resume      step {STEPS if pointer else EVERY}, epoch" in done.out
-    file = path.parent if kind == "swap" else f"{path}: "  # which damages two
+    file = place.checkpoints / NEWEST if kind == "swap" else f"{path}: "  # which damages two
     named = pointer or any("passed over: " in line and str(file) in line for line in done.out.splitlines())
     wrong = compare(straight, place, STEPS)
     if named and goes_on and not wrong:

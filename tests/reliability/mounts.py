@@ -42,6 +42,17 @@ def fill(folder: Path, leaving: int = 0) -> Iterator[None]:
         filler.unlink()
 
 
+@contextlib.contextmanager
+def read_only_view(folder: Path) -> Iterator[None]:
+    """Whoever opens a file in it meanwhile cannot write; files that are open already can be written."""
+    _run("mount", "--bind", str(folder), str(folder))
+    _run("mount", "-o", "remount,bind,ro", str(folder))
+    try:
+        yield
+    finally:
+        _run("umount", "--lazy", str(folder))
+
+
 @functools.cache
 def refusal() -> str | None:
     """Why nothing can be mounted here; None where it can."""
