@@ -76,7 +76,9 @@ def main() -> None:
             found[f"{settings} {each[0].key}"] = [[list(c.tokens), c.logprob] for c in each]
         steps.append(generator.tokens_per_step)
     state = [model.training, model.config.sequence_parallel]
-    Path(job["folder"], f"rank{dist.get_rank()}.json").write_text(json.dumps({"found": found, "steps": steps, "state": state}))
+    Path(job["folder"], f"rank{dist.get_rank()}.json").write_text(
+        json.dumps({"found": found, "steps": steps, "state": state})
+    )
     process.shutdown()
 
 
