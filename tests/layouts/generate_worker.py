@@ -29,7 +29,6 @@ from step37_lit.model.step37_model import Step37Model
 from step37_lit.sampling import GenerationSettings
 from step37_lit.tokenizer import Step37Tokenizer
 
-
 SCALE = 3.0
 
 
