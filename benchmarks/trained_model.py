@@ -32,7 +32,7 @@ from step37_lit.tokenizer import Step37Tokenizer
 MTP_LAYERS = 3
 FIRST_WORD, FIRST_FILLER, LAST_FILLER = 20, 1000, 3900  # ids of the captions' words, and of words without a meaning
 COUNTS = (0.0, 0.0, 0.5, 0.5)  # scenes of three and four things: answers of more than 100 tokens
-SCENES, PACK = 256, 4  # that are learnt, and of a step
+SCENES, PACK = 64, 4  # that are learnt, and of a step
 LEARNING_RATE, WARMUP = 1.5e-3, 20
 
 
@@ -60,9 +60,9 @@ class SceneTexts:
         pixels = torch.tensor(np.asarray(render(scene, IMAGE_SIDE, random))).permute(2, 0, 1)[None]
         return Sample(str(index), row, mask, [ImageForInsert(self.tokens.im_start, pixels)])
 
-    def prompts(self, number: int) -> list[Sample]:
-        """Of scenes that were never learnt, with 16 to 200 words of filler."""
-        samples = [self.sample("unseen", index, 200) for index in range(number)]
+    def prompts(self, number: int, split: Split) -> list[Sample]:
+        """The first scenes of a split, with 16 to 200 words of filler."""
+        samples = [self.sample(split, index, 200) for index in range(number)]
         lengths = [int(sample.loss_mask.argmax()) for sample in samples]
         return [Sample(s.key, s.input_ids[:n], torch.zeros(n), s.images) for s, n in zip(samples, lengths, strict=True)]
 

@@ -59,6 +59,7 @@ class CaptionMetrics(pl.Callback):
         max_new_tokens: Longest caption.
         num_beams: More than 1 for beam search.
         batch_size: Captions that are decoded together.
+        speculate: Tokens that MTP layers draft ahead, see `GenerationSettings`; the captions stay the same.
     """
 
     def __init__(
@@ -68,11 +69,12 @@ class CaptionMetrics(pl.Callback):
         max_new_tokens: int = 96,
         num_beams: int = 1,
         batch_size: int = 32,
+        speculate: int = 0,
     ):
         require(max_samples is None or max_samples > 0, "max_samples", "null or a positive number", max_samples)
         require(batch_size > 0, "batch_size", "a positive number", batch_size)
         self.max_samples, self.loader, self.batch_size = max_samples, loader, batch_size
-        self.settings = GenerationSettings(max_new_tokens=max_new_tokens, num_beams=num_beams)
+        self.settings = GenerationSettings(max_new_tokens, num_beams=num_beams, speculate=speculate)
         self._frequencies: DocumentFrequencies | None = None
         self._split = _Split()
 
@@ -86,6 +88,8 @@ class CaptionMetrics(pl.Callback):
         """Raises `ConfigError` where captions cannot be generated while training."""
         context = trainer.strategy.layout.context
         require(context == 1, "strategy.context", "1 with CaptionMetrics (context ranks cannot generate)", context)
+        layers, drafts = module.config.text.num_built_mtp_layers, self.settings.speculate
+        require(drafts <= layers, "CaptionMetrics.speculate", f"at most {layers} (MTP layers, text.mtp)", drafts)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A run in a used folder, or one that goes on from an earlier step, makes later captions anew."""

@@ -68,8 +68,8 @@ class Generator:
         batch_size: Rows that are decoded together (prompts x samples or beams).
 
     Attributes:
-        tokens_per_step: Of a row in the last `generate` or `stream` on this rank, its first token left out; 1 without
-            drafts; nan with beams and where there was no step.
+        tokens_per_step: That a row of this rank took on average so far, its first token left out; 1 without drafts, nan
+            where there was no step (beams do not count).
     """
 
     def __init__(self, model: Step37Model | ModelChunks, tokenizer: Step37Tokenizer, batch_size: int = 16):
@@ -122,7 +122,7 @@ class Generator:
         )
         self._check([prompt], settings)
         shown = ""
-        with inference_mode(self.model):
+        with inference_mode(self.model, rows=1 + settings.speculate):
             for row, ended in self._rows([prompt], settings):
                 text, stopped = self._text(row.tokens, settings.stop_strings)
                 # An unfinished character, or the beginning of a stop string, is not shown yet.
@@ -132,7 +132,6 @@ class Generator:
                     shown = stable
 
     def _check(self, prompts: Sequence[Sample], settings: GenerationSettings) -> None:
-        self._tokens = self._steps = 0
         layers = self.config.text.num_built_mtp_layers
         require(settings.speculate <= layers, "speculate", f"at most {layers} (MTP layers)", settings.speculate)
         limit = self.config.text.max_position

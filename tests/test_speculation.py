@@ -14,8 +14,8 @@ from step37_lit.config import Step37Config
 from step37_lit.errors import ConfigError
 from step37_lit.generation import Completion, Generator
 from step37_lit.hub.load import load_hub_model
-from step37_lit.megatron.build import build_model
 from step37_lit.lit_module import with_overrides
+from step37_lit.megatron.build import build_model
 from step37_lit.megatron.inference import RowDecoder, inference_mode
 from step37_lit.model.kv_cache import KVCache
 from step37_lit.model.step37_model import Step37Model

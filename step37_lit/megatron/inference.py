@@ -137,7 +137,7 @@ class RowDecoder:
         """[R] -> [R, 1, H] on all stages; only the first one has the embedding."""
         first = self.chunks[0][0]
         if first.pre_process:
-            embeddings = first.forward_head(tokens[None])
+            embeddings = first.embedding(input_ids=tokens[None], position_ids=None)
         else:
             shape = (len(tokens), 1, self.config.hidden_size)
             embeddings = torch.empty(shape, dtype=self.config.params_dtype, device=tokens.device)
@@ -151,8 +151,10 @@ class RowDecoder:
         with_mtp = self.num_drafts > 0
         for model, cache in self.chunks:
             if not model.pre_process:
-                shape = ((1 + with_mtp) * input_ids.shape[1], 1, self.config.hidden_size)
-                hidden = torch.empty(shape, dtype=self.config.params_dtype, device=input_ids.device)
+                tokens = input_ids.shape[1] * (2 if with_mtp else 1)  # the embeddings come behind
+                hidden = torch.empty(
+                    tokens, 1, self.config.hidden_size, dtype=self.config.params_dtype, device=input_ids.device
+                )
                 dist.recv(hidden, src=parallel_state.get_pipeline_model_parallel_prev_rank())
                 model.set_input_tensor(hidden)
             own = images if model.pre_process else []
@@ -166,8 +168,7 @@ class RowDecoder:
         if model.post_process:
             logits = out[0].float()
         else:
-            shape = (cache.num_answers, self.config.step37.text.vocab_size)
-            logits = out.new_empty(shape, dtype=torch.float32)
+            logits = out.new_empty(cache.num_answers, self.config.step37.text.vocab_size, dtype=torch.float32)
         return _from_stage(logits, parallel_state.get_pipeline_model_parallel_last_rank)
 
 

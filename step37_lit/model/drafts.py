@@ -2,8 +2,8 @@
 
 R = rows, H = hidden, V = vocabulary, d = tokens that are drafted for a row, T = tokens of a pack.
 
-Layer k at the last position p of a row reads the hidden state of layer k - 1 there and the embedding of token p + k + 1:
-the token that the main head chose, then what the layers before drafted. So d layers draft d tokens, all at p.
+Layer k at the last position p of a row reads the hidden state of layer k - 1 there and the embedding of token
+p + k + 1: the token that the main head chose, then what the layers before drafted. So d layers draft d tokens at p.
 
 What a layer kept of a position is only right if the tokens up to k + 1 ahead came true. Of the positions that a row
 goes on by, and of the d before them, that is not known: every round runs the layers over the last d + 1 positions anew.

@@ -29,7 +29,6 @@ from step37_lit.model.step37_model import Step37Model
 from step37_lit.sampling import GenerationSettings
 from step37_lit.tokenizer import Step37Tokenizer
 
-
 SCALE = 3.0
 
 
@@ -76,7 +75,9 @@ def main() -> None:
             found[f"{settings} {each[0].key}"] = [[list(c.tokens), c.logprob] for c in each]
         steps.append(generator.tokens_per_step)
     state = [model.training, model.config.sequence_parallel]
-    Path(job["folder"], f"rank{dist.get_rank()}.json").write_text(json.dumps({"found": found, "steps": steps, "state": state}))
+    Path(job["folder"], f"rank{dist.get_rank()}.json").write_text(
+        json.dumps({"found": found, "steps": steps, "state": state})
+    )
     process.shutdown()
 
 

@@ -17,7 +17,7 @@ PROMPTS = 5
 SETTINGS = [
     {"max_new_tokens": 12},
     {"max_new_tokens": 6, "num_beams": 3},
-    {"max_new_tokens": 8, "temperature": 1.0, "num_samples": 4},  # 8 rows: packed weights
+    {"max_new_tokens": 8, "temperature": 1.0, "num_samples": 4},  # 8 rows: experts matrix by matrix
     {"max_new_tokens": 12, "speculate": 2},
     {"max_new_tokens": 8, "temperature": 1.0, "num_samples": 2, "speculate": 1},
 ]

@@ -99,9 +99,7 @@ def test_prediction(name: str, tmp_path: Path) -> None:
             # Packs of a step differ a little: the mean of what each would need if all were like it.
             for pack in rank["packs"]:
                 shape = Pack(tuple(pack["lengths"]), pack["learnt"], tuple((s, n) for s, n in pack["images"]))
-                training = Training(
-                    shape, len(rank["packs"]), dtype, frozen=frozen, kernels="cpu", **recomputation
-                )
+                training = Training(shape, len(rank["packs"]), dtype, frozen=frozen, kernels="cpu", **recomputation)
                 predictions.append(stage_memory(config, layout, training, stage).activations)
         predicted = sum(predictions) / len(predictions)
         held = [rank["activations"] for rank in peers]
