@@ -103,7 +103,8 @@ def test_prediction(name: str, tmp_path: Path) -> None:
                 predictions.append(stage_memory(config, layout, training, stage).activations)
         predicted = sum(predictions) / len(predictions)
         held = [rank["activations"] for rank in peers]
-        # Tensor and context ranks share the images, and the busiest one is planned for; experts' tokens are known on average only.
+        # Tensor and context ranks share the images, and the busiest one is planned for; experts' tokens are known on
+        # average only.
         measured = max(held) if layout.tensor * layout.context > 1 else sum(held) / len(held)
         ratio = predicted / measured
         print(f"{name}, stage {stage}: predicted {predicted:.0f} bytes, measured {measured:.0f}: {ratio:.4f}")
