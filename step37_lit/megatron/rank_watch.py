@@ -206,7 +206,6 @@ class FirstRankWatch(RankWatch):
         self._strangers: set[socket.socket] = set()  # that have not said who they are
         self._seen: dict[int, Seen] = {0: Seen(member, time.monotonic())}
         self._told = 0.0
-        self._alarmed = False  # a rank has ended or failed
 
     def _connections(self) -> list[socket.socket]:
         of_ranks = [link.connection for link in self._links.values()]
@@ -246,7 +245,6 @@ class FirstRankWatch(RankWatch):
         self._links.pop(rank).connection.close()
         if self._seen[rank].state == "here":
             self._seen[rank].state = "dead"
-            self._alarmed = True
 
     def _take(self, rank: int, messages: list[dict[str, Any]], now: float) -> None:
         seen = self._seen[rank]
@@ -254,17 +252,16 @@ class FirstRankWatch(RankWatch):
             seen.hear(Position(**message["position"]), now)
             if "failed" in message:
                 seen.fail(message["failed"], message["of_another"], now)
-                self._alarmed = True
             if "bye" in message:
                 seen.state = "left"
 
     def _say_failed(self, text: str, of_another: bool) -> None:
         self._seen[0].fail(text, of_another, time.monotonic())
-        self._alarmed = True
         self._wake()
 
     def _patience(self) -> float:
-        return min(self.interval, 0.2) if self._alarmed else self.interval
+        failing = any(each.state == "failed" for each in self._seen.values())
+        return min(self.interval, 0.2) if failing else self.interval
 
     def _forgive(self, seconds: float) -> None:
         for each in self._seen.values():
@@ -272,8 +269,6 @@ class FirstRankWatch(RankWatch):
             each.moved += seconds
 
     def _turn(self, now: float) -> None:
-        if not self._alarmed and now - self._told < self.interval:
-            return
         own = self._seen[0]
         own.hear(self.progress.position(), now)
         verdict = judge(self._seen, now, self.hang_timeout)
@@ -286,10 +281,11 @@ class FirstRankWatch(RankWatch):
                 link.send(release=True)
             self._release()
             return
-        self._told = now
-        others = places([each for rank, each in self._seen.items() if rank != 0])
-        for link in self._links.values():
-            link.send(position=asdict(own.position), places=others)
+        if now - self._told >= self.interval:
+            self._told = now
+            others = places([each for rank, each in self._seen.items() if rank != 0])
+            for link in self._links.values():
+                link.send(position=asdict(own.position), places=others)
 
     def _carry_out(self, verdict: Verdict) -> None:
         living = [each.member for each in self._seen.values() if each.state in ("here", "failed")]
