@@ -37,7 +37,15 @@ LAYER_TYPES = ["full_attention", *["sliding_attention"] * 3] * 2
 
 def reference_model(dense: bool, width: int = 320) -> Any:
     """A `transformers` model; of about 20M parameters at a width of 320."""
-    from transformers import Step3p7Config, Step3p7ForConditionalGeneration
+    from transformers import Step3p7ForConditionalGeneration
+
+    torch.manual_seed(0)
+    return Step3p7ForConditionalGeneration(reference_config(dense, width)).float().train()
+
+
+def reference_config(dense: bool, width: int, mtp_layers: int = 0) -> Any:
+    """Of `reference_model`; the model itself never has the MTP layers."""
+    from transformers import Step3p7Config
 
     layers = len(LAYER_TYPES)
     experts = {"moe_layers_enum": "" if dense else "3,4,5,6,7", "n_routed_experts": 8, "num_experts_per_tok": 2}
@@ -50,7 +58,8 @@ def reference_model(dense: bool, width: int = 320) -> Any:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 64,
-        "layer_types": LAYER_TYPES,
+        "layer_types": [*LAYER_TYPES, *["sliding_attention"] * mtp_layers],
+        "num_nextn_predict_layers": mtp_layers,
         "sliding_window": 64,
         "attention_other_setting": {"num_attention_heads": 6},
         "moe_intermediate_size": width // 2,
@@ -61,13 +70,11 @@ def reference_model(dense: bool, width: int = 320) -> Any:
         **experts,
     }
     grid = IMAGE_SIDE // 14
-    config = Step3p7Config(
+    return Step3p7Config(
         vision_config={**vision, "patch_size": 14, "max_position_embeddings": grid * grid},
         text_config=text,
         image_token_id=4000,
     )
-    torch.manual_seed(0)
-    return Step3p7ForConditionalGeneration(config).float().train()
 
 
 def mixed_samples(config: Step37Config, number: int) -> list[Sample]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ class CaptionMetrics(pl.Callback):
         max_new_tokens: Longest caption.
         num_beams: More than 1 for beam search.
         batch_size: Captions that are decoded together.
+        speculate: Tokens that MTP layers draft ahead, see `GenerationSettings`; the captions stay the same.
     """
 
     def __init__(
@@ -67,11 +69,12 @@ class CaptionMetrics(pl.Callback):
         max_new_tokens: int = 96,
         num_beams: int = 1,
         batch_size: int = 32,
+        speculate: int = 0,
     ):
         require(max_samples is None or max_samples > 0, "max_samples", "null or a positive number", max_samples)
         require(batch_size > 0, "batch_size", "a positive number", batch_size)
         self.max_samples, self.loader, self.batch_size = max_samples, loader, batch_size
-        self.settings = GenerationSettings(max_new_tokens=max_new_tokens, num_beams=num_beams)
+        self.settings = GenerationSettings(max_new_tokens, num_beams=num_beams, speculate=speculate)
         self._frequencies: DocumentFrequencies | None = None
         self._split = _Split()
 
@@ -85,6 +88,8 @@ class CaptionMetrics(pl.Callback):
         """Raises `ConfigError` where captions cannot be generated while training."""
         context = trainer.strategy.layout.context
         require(context == 1, "strategy.context", "1 with CaptionMetrics (context ranks cannot generate)", context)
+        layers, drafts = module.config.text.num_built_mtp_layers, self.settings.speculate
+        require(drafts <= layers, "CaptionMetrics.speculate", f"at most {layers} (MTP layers, text.mtp)", drafts)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A run in a used folder, or one that goes on from an earlier step, makes later captions anew."""
@@ -133,13 +138,26 @@ class CaptionMetrics(pl.Callback):
         own = [p for key, p in self._split.prompts.items() if owners[key] == strategy.data_parallel_rank]
         if strategy.reads_data:
             save_pictures(Path(trainer.default_root_dir), own, pl_module.config.tokens.im_start)
-        generator = Generator(pl_module.model, trainer.datamodule.processor.tokenizer, self.batch_size)
-        completions = {each[0].key: each[0] for each in generator.generate(own, self.settings)}
+        completions = self._generate(trainer, pl_module, own, most=max(Counter(owners.values()).values()))
         captions: dict[str, Completion] = {}
         for part in strategy.gather_from_data_ranks(completions):
             captions.update(part)
         self._split = _Split()
         self._report(trainer, pl_module, captions, references)
+
+    def _generate(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, own: list[Sample], most: int
+    ) -> dict[str, Completion]:
+        """Completions of this rank's prompts by key; `most` is the largest number of prompts of a rank. The ranks go
+        through their batches side by side, so that a signal ends it on all of them."""
+        generator = Generator(pl_module.model, trainer.datamodule.processor.tokenizer, self.batch_size)
+        completions: dict[str, Completion] = {}
+        for first in range(0, most, self.batch_size):
+            pl_module.strategy.progress.mark(f"captions behind step {trainer.global_step}")
+            pl_module.strategy.end_here_if_asked()
+            batch = own[first : first + self.batch_size]
+            completions |= {each[0].key: each[0] for each in generator.generate(batch, self.settings)}
+        return completions
 
     def _report(
         self,

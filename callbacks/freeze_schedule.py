@@ -15,7 +15,6 @@ from step37_lit.config import Step37Config
 from step37_lit.errors import ConfigError, require
 from step37_lit.lit_module import megatron_strategy
 from step37_lit.parameter_groups import layer_depths, split_parameters
-from step37_lit.validations import validation_follows
 
 
 class FreezeSchedule(pl.Callback):
@@ -63,7 +62,6 @@ class FreezeSchedule(pl.Callback):
         self.starts = [0]
         self._best: float | None = None
         self._waited = 0
-        self._validation_due = False  # between a step and the validation that follows it
 
     @property
     def stage_index(self) -> int:
@@ -130,24 +128,17 @@ class FreezeSchedule(pl.Callback):
         if any(stage.plateau for stage in self.stages):
             require(trainer.enable_validation, FIELD, "no plateau where the data has no validation", "plateau")
         self._advance(trainer)
-        if self._validation_due and self.stages[self.stage_index].plateau is not None:
-            # The checkpoint is from between a step and its validation, behind which Lightning would go on.
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
-            trainer.training = True
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._advance(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.log("train/stage", float(self.stage_index), on_step=True, on_epoch=False, batch_size=1)
-        self._validation_due = validation_follows(trainer, batch_idx)
         self._advance(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
-        self._validation_due = False
         plateau = self.stages[self.stage_index].plateau
         if plateau is not None and self._stands_still(plateau, trainer):
             self._begin_next(trainer.global_step)
@@ -200,7 +191,7 @@ class FreezeSchedule(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         names = [stage.name for stage in self.stages[: len(self.starts)]]
-        plateau = {"best": self._best, "waited": self._waited, "validation_due": self._validation_due}
+        plateau = {"best": self._best, "waited": self._waited}
         return {"starts": list(self.starts), "stages": names, **plateau}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -209,4 +200,3 @@ class FreezeSchedule(pl.Callback):
         require(own == reached, f"checkpoint: {FIELD} that were reached", own, reached)
         self.starts = list(state_dict["starts"])
         self._best, self._waited = state_dict["best"], state_dict["waited"]
-        self._validation_due = state_dict["validation_due"]

@@ -10,7 +10,7 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
-    "ConfigError": "step37_lit.config",
+    "ConfigError": "step37_lit.errors",
     "ImageForInsert": "step37_lit.batch",
     "MegatronStrategy": "step37_lit.megatron.strategy",
     "PackedBatch": "step37_lit.batch",

@@ -18,6 +18,9 @@ def main() -> int:
     _quiet_known_warnings()  # before the imports that give them
     if sys.argv[1] in COMMANDS:
         return run(sys.argv[1], sys.argv[2:])
+    from step37_lit import signals
+
+    signals.listen()  # before the imports, which take seconds
     from step37_lit import cli
 
     return cli.run(sys.argv[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from step37_lit.batch import Sample
+from step37_lit.config import Step37Config
 from step37_lit.errors import ConfigError, require
 from step37_lit.generation import Completion, Generator
 from step37_lit.hub.load import load_hub_model
@@ -62,13 +64,23 @@ class Step37Captioner:
 
     @classmethod
     def from_hub(
-        cls, path: str | Path, dtype: torch.dtype = torch.float32, multicrop: bool = True, **options: Any
+        cls,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        multicrop: bool = True,
+        mtp: bool = False,
+        **options: Any,
     ) -> Step37Captioner:
-        """Of a hub folder with config.json, safetensors, tokenizer.json and, where it has one, chat_template.jinja."""
+        """Of a hub folder with config.json, safetensors, tokenizer.json and, where it has one, chat_template.jinja.
+
+        Its MTP layers are only there with `mtp`: the setting `speculate` needs them.
+        """
         folder = Path(path)
+        config = Step37Config.from_hub(folder)
+        config = replace(config, text=replace(config.text, mtp=mtp))
         template = folder / TEMPLATE_FILE
         tokenizer = Step37Tokenizer.from_file(folder / TOKENIZER_FILE)
-        model = load_hub_model(str(folder), dtype)
+        model = load_hub_model(str(folder), dtype, config)
         text = read_text(template) if template.is_file() else None
         return cls(model, Step37Processor(tokenizer, model.step37, text, multicrop), **options)
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import signal
 import sys
 import threading
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,8 +24,10 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from step37_lit.commands import INTERRUPTED, REQUEUE, USER_ERROR
+from step37_lit import run_checks, signals
 from step37_lit.errors import DISK_ERRORS, ConfigError, UserError, disk_error
+from step37_lit.exit_codes import FAULT, USER_ERROR
+from step37_lit.faults import TrainingFault
 from step37_lit.lit_module import Step37LitModule, megatron_strategy
 from step37_lit.megatron.launch import PROJECT_PACKAGES
 from step37_lit.planner.short import short_form
@@ -90,7 +90,6 @@ class Step37CLI(LightningCLI):
     """`fit`, `validate`, `test` and `predict` of a `Step37LitModule` on any data module of this project."""
 
     def __init__(self, args: list[str]):
-        self.stop_signal: int | None = None
         set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed_paths())
         quiet: dict[str, Any] = {"exit_on_error": False}
         super().__init__(
@@ -162,7 +161,7 @@ class Step37CLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Everything that can be refused is refused here, before a process starts or a file is written."""
-        self.model.check(self.trainer, self.datamodule, fitting=self.subcommand == "fit")
+        run_checks.check(self.model, self.trainer, self.datamodule, fitting=self.subcommand == "fit")
         strategy = megatron_strategy(self.trainer)
         plain = json.loads(self.parser.dump(self.config, skip_none=False, format="json"))[self.subcommand]
         plain.pop("config", None)  # paths, as this rank was given them
@@ -181,24 +180,17 @@ class Step37CLI(LightningCLI):
         return super()._prepare_subcommand_kwargs(subcommand) | {"ckpt_path": None}
 
     def before_fit(self) -> None:
-        """Prints the plan. The first Ctrl-C ends training behind the current step on all ranks; the second at once.
-        SIGUSR1, with which SLURM tells that a job's time is nearly over, does what the first one does."""
+        """Prints the plan."""
         if self.trainer.is_global_zero:
-            print(short_form(*self.model.planned(self.trainer)), flush=True)
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            self.trainer.strategy.stop_requested = True
-            self.stop_signal = number
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        # Lightning leaves SIGUSR1 to a handler that is there already; its own would save within the signal's handler,
-        # in the middle of a step.
-        for number in (signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, stop)
+            print(short_form(*run_checks.planned(self.model, self.trainer)), flush=True)
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
+        except signals.Stopped:
+            if subcommand == "fit":  # what was reached is told all the same
+                self.after_fit()
+            raise
         except OSError as error:
             if (told := disk_error(error, self.trainer.default_root_dir)) is not None:
                 raise told from error
@@ -214,13 +206,9 @@ class Step37CLI(LightningCLI):
         if not (folder / "metrics.csv").is_file():
             return  # the recipe has loggers of its own
         try:
-            print(f"report      {write_report(folder, ended=not self.interrupted)}")
+            print(f"report      {write_report(folder, ended=not self.trainer.strategy.stop)}")
         except ConfigError as error:
             print(f"report      none: {error}")
-
-    @property
-    def interrupted(self) -> bool:
-        return self.subcommand == "fit" and self.trainer.strategy.stop_requested
 
 
 def summary(trainer: pl.Trainer) -> str:
@@ -241,19 +229,25 @@ def run(args: list[str]) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0, 2 for a mistake of the user's (one line on stderr), 130 for Ctrl-C, 75 for SIGUSR1.
+        The exit code, see `exit_codes`: 0, 2 for a mistake of the user's and 65 for a fault of training (one line on
+        stderr), a signal's.
     """
     threading.excepthook = _thread_ended
     for name in LIGHTNING_LOGGERS:  # which device was found is not news, and an error is one line
         logging.getLogger(name).setLevel(logging.WARNING)
-    try:
-        cli = Step37CLI(args)
-    except (UserError, MisconfigurationException, ArgumentError) as error:
-        print(f"error: {one_line(error, args)}", file=sys.stderr)
-        return USER_ERROR
-    if not cli.interrupted:
-        return 0
-    return REQUEUE if cli.stop_signal == signal.SIGUSR1 else INTERRUPTED
+    with signals.listening():
+        try:
+            Step37CLI(args)
+        except (UserError, MisconfigurationException, ArgumentError) as error:
+            print(f"error: {one_line(error, args)}", file=sys.stderr)
+            return USER_ERROR
+        except TrainingFault as fault:
+            if rank_zero_only.rank == 0:  # all ranks have the same line
+                print(f"fault: {fault}", file=sys.stderr)
+            return FAULT
+        except signals.Stopped as stopped:
+            return stopped.stop.exit_code
+        return signals.requested().exit_code  # of a signal that came when nothing was left to do
 
 
 def _thread_ended(ended: threading.ExceptHookArgs) -> None:

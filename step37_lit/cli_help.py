@@ -2,7 +2,7 @@
 
 HELP = """\
 usage: python -m step37_lit {fit,validate,test,predict} --config RECIPE [--section.field VALUE ...]
-       python -m step37_lit {shard,index,caption,checkpoint,convert,report,plan} ...
+       python -m step37_lit {shard,index,caption,checkpoint,convert,replay,report,plan} ...
 
 Step-3.7, a vision-language model, on megatron-core in PyTorch Lightning.
 
@@ -17,6 +17,7 @@ subcommands:
   caption    captions of pictures by a run, a checkpoint or a hub folder
   checkpoint verify, list, show or prune the checkpoints of a run
   convert    a hub folder to a checkpoint, and back
+  replay     a step that a run stopped at, NaN or a spike, once more on one process
   report     one page about a run: curves, stages, captions side by side (fit writes it at its end)
   plan       memory of each rank, operations, traffic, and the layouts that fit a number of GPUs
 

@@ -8,6 +8,7 @@ import sys
 from jsonargparse import ArgumentError
 
 from step37_lit.errors import UserError
+from step37_lit.exit_codes import INTERRUPTED, USER_ERROR
 
 COMMANDS = {
     "shard": "datamodules.commands.shard",
@@ -17,10 +18,8 @@ COMMANDS = {
     "report": "step37_lit.report_command",
     "plan": "step37_lit.planner.command",
     "convert": "step37_lit.convert_command",
+    "replay": "step37_lit.replay_command",
 }
-USER_ERROR = 2
-INTERRUPTED = 130
-REQUEUE = 75  # sysexits' EX_TEMPFAIL: start it again
 
 
 def run(name: str, args: list[str]) -> int:

@@ -1,6 +1,9 @@
 """Continuing prompts: batches of rows with a KV cache on the model that is trained.
 
-    prompts -> prefill (one pack, each picture encoded once) -> one token a step for all open rows -> completions
+    prompts -> prefill (one pack, each picture encoded once) -> a step for all open rows, again and again -> completions
+
+A step gives each row one token. Where MTP layers draft further ones, the model sees those in the same step, and a row
+takes them as far as they are what it would have chosen: the same tokens in fewer steps.
 
 Under tensor, pipeline and expert parallelism every rank of the model calls the same methods, and every rank of a
 model-parallel group gets the same completions. Data-parallel ranks each have prompts of their own.
@@ -8,6 +11,7 @@ model-parallel group gets the same completions. Data-parallel ranks each have pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -62,6 +66,10 @@ class Generator:
         model: This rank's part, on its device.
         tokenizer: Spells the tokens.
         batch_size: Rows that are decoded together (prompts x samples or beams).
+
+    Attributes:
+        tokens_per_step: That a row of this rank took on average so far, its first token left out; 1 without drafts, nan
+            where there was no step (beams do not count).
     """
 
     def __init__(self, model: Step37Model | ModelChunks, tokenizer: Step37Tokenizer, batch_size: int = 16):
@@ -70,6 +78,11 @@ class Generator:
         self.config = chunks_of(model)[0].step37
         self.end_tokens = self.config.tokens.eos
         self._device = next(model.parameters()).device
+        self._tokens = self._steps = 0  # of all rows, behind the first token
+
+    @property
+    def tokens_per_step(self) -> float:
+        return self._tokens / self._steps if self._steps else math.nan
 
     def generate(
         self,
@@ -93,7 +106,7 @@ class Generator:
         size = max(1, self.batch_size // rows_each)
         batches = [prompts[first : first + size] for first in range(0, len(prompts), size)]
         done: list[list[Completion]] = []
-        with inference_mode(self.model, rows=min(size, len(prompts)) * rows_each):
+        with inference_mode(self.model, rows=min(size, len(prompts)) * rows_each * (1 + settings.speculate)):
             while any_expert_rank(len(batches) > 0):
                 batch = batches.pop(0) if batches else []
                 done += self._finish(batch, settings)
@@ -109,7 +122,7 @@ class Generator:
         )
         self._check([prompt], settings)
         shown = ""
-        with inference_mode(self.model):
+        with inference_mode(self.model, rows=1 + settings.speculate):
             for row, ended in self._rows([prompt], settings):
                 text, stopped = self._text(row.tokens, settings.stop_strings)
                 # An unfinished character, or the beginning of a stop string, is not shown yet.
@@ -119,6 +132,8 @@ class Generator:
                     shown = stable
 
     def _check(self, prompts: Sequence[Sample], settings: GenerationSettings) -> None:
+        layers = self.config.text.num_built_mtp_layers
+        require(settings.speculate <= layers, "speculate", f"at most {layers} (MTP layers)", settings.speculate)
         limit = self.config.text.max_position
         for prompt in prompts:
             total = len(prompt) + settings.max_new_tokens
@@ -135,9 +150,11 @@ class Generator:
         return found  # type: ignore[return-value]
 
     def _rows(self, batch: Sequence[Sample], settings: GenerationSettings) -> Iterator[tuple[_Row, bool]]:
-        """Each row behind each of its tokens, and whether that was its last one."""
+        """Each row behind each of its steps, and whether that was its last one."""
         rows: list[_Row] = []
         decoder, logits = self._begin(batch, settings)
+        logits = logits[:, None]
+        drafts: list[list[int]] = []
         if decoder is not None:
             repeats = torch.arange(len(batch), device=self._device).repeat_interleave(settings.num_samples)
             if settings.num_samples > 1:
@@ -145,13 +162,16 @@ class Generator:
                 logits = logits[repeats]
             numbers = [divmod(i, settings.num_samples) for i in range(len(repeats))]
             rows = [_Row(prompt, number, draws(settings, batch[prompt].key, number)) for prompt, number in numbers]
+            drafts = [[]] * len(rows)
         while True:
             open_rows: list[int] = []
+            wrong: list[int] = []  # drafts of these
             if rows:
-                for place, ended in enumerate(self._add_tokens(rows, logits, batch, settings)):
+                for place, (count, ended) in enumerate(self._add_tokens(rows, drafts, logits, batch, settings)):
                     yield rows[place], ended
                     if not ended:
                         open_rows.append(place)
+                        wrong.append(1 + len(drafts[place]) - count)
             if not any_expert_rank(bool(open_rows)):
                 return
             if not open_rows:
@@ -162,34 +182,70 @@ class Generator:
             if len(open_rows) < len(rows):  # finished rows leave the batch
                 decoder.select(torch.tensor(open_rows, device=self._device))
                 rows = [rows[place] for place in open_rows]
-            logits = decoder.step(torch.tensor([row.tokens[-1] for row in rows], device=self._device))
+            logits, drafts = self._step(decoder, [row.tokens[-1] for row in rows], wrong)
+
+    def _step(self, decoder: RowDecoder, tokens: list[int], wrong: list[int]) -> tuple[Tensor, list[list[int]]]:
+        """Logits [R, 1 + drafts, V] behind each row's last token and behind its drafts, and the drafts.
+
+        Args:
+            decoder: Of the open rows.
+            tokens: Last token of each row.
+            wrong: Drafts of the step before that each row did not take.
+        """
+        newest = torch.tensor(tokens, device=self._device)
+        if not decoder.num_drafts:
+            return decoder.step(newest[:, None]), [[]] * len(tokens)
+        decoder.take_back(torch.tensor(wrong))
+        drafts = decoder.draft(newest)
+        return decoder.step(torch.cat((newest[:, None], drafts), dim=1)), drafts.tolist()
 
     def _begin(self, batch: Sequence[Sample], settings: GenerationSettings) -> tuple[RowDecoder | None, Tensor]:
         """Runs the prompts; a rank without any takes part in the others' experts."""
         if not batch:
             idle(self.model)
-            return None, torch.empty(0)
-        capacity = max(len(prompt) for prompt in batch) + settings.max_new_tokens
-        decoder = RowDecoder(self.model, capacity)
+            return None, torch.empty(0, 0)
+        capacity = max(len(prompt) for prompt in batch) + settings.max_new_tokens + settings.speculate
+        decoder = RowDecoder(self.model, capacity, settings.speculate)
         return decoder, decoder.prefill(PackedBatch.from_samples(batch).to(self._device))
 
     def _add_tokens(
-        self, rows: Sequence[_Row], logits: Tensor, batch: Sequence[Sample], settings: GenerationSettings
-    ) -> list[bool]:
-        """Chooses a token for each row; tells which rows that ends."""
+        self,
+        rows: Sequence[_Row],
+        drafts: Sequence[list[int]],
+        logits: Tensor,
+        batch: Sequence[Sample],
+        settings: GenerationSettings,
+    ) -> list[tuple[int, bool]]:
+        """Chooses each row's tokens as far as its drafts are right; says how many, and whether that ends the row."""
         histories: list[list[int]] = []
         if settings.repetition_penalty != 1.0 or settings.no_repeat_ngram:
-            histories = [batch[row.prompt].input_ids.tolist() + row.tokens for row in rows]
-        uniform = torch.stack([row.draws[len(row.tokens)] for row in rows])
-        tokens = choose(self._allowed(logits, settings, histories), settings, uniform)
-        logprobs = logits.log_softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1)
-        ends = []
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+            for row, draft in zip(rows, drafts, strict=True):
+                history = batch[row.prompt].input_ids.tolist() + row.tokens
+                histories += [history + draft[:count] for count in range(1 + len(draft))]
+        steps = torch.arange(logits.shape[1])
+        # Behind the last token that a row may have there is nothing to draw; what is chosen there is not taken.
+        uniform = torch.cat([row.draws[(len(row.tokens) + steps).clamp(max=len(row.draws) - 1)] for row in rows])
+        flat = logits.flatten(0, 1)
+        tokens = choose(self._allowed(flat, settings, histories), settings, uniform)
+        logprobs = flat.gather(1, tokens[:, None]).squeeze(1) - flat.logsumexp(dim=-1)
+        chosen, sums = tokens.view(logits.shape[:2]).tolist(), logprobs.view(logits.shape[:2]).tolist()
+        return [self._add(*each, settings) for each in zip(rows, drafts, chosen, sums, strict=True)]
+
+    def _add(
+        self, row: _Row, draft: list[int], tokens: list[int], logprobs: list[float], settings: GenerationSettings
+    ) -> tuple[int, bool]:
+        """`_add_tokens` of one row: the token behind a draft counts if the draft is what was chosen there."""
+        first = not row.tokens
+        for count, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True), start=1):
             row.tokens.append(token)
             row.logprob += logprob
             stopped = token in self.end_tokens or self._is_stopped(row.tokens, settings.stop_strings)
-            ends.append(stopped or len(row.tokens) == settings.max_new_tokens)
-        return ends
+            ended = stopped or len(row.tokens) == settings.max_new_tokens
+            if ended or count > len(draft) or draft[count - 1] != token:
+                break
+        if not first:
+            self._tokens, self._steps = self._tokens + count, self._steps + 1
+        return count, ended
 
     def _allowed(self, logits: Tensor, settings: GenerationSettings, histories: Sequence[Sequence[int]]) -> Tensor:
         places = torch.tensor(self.config.tokens.of_pictures, device=logits.device)
@@ -222,7 +278,7 @@ class Generator:
                 continue
             assert decoder is not None
             decoder.select(torch.tensor(chosen, device=self._device))
-            logits = decoder.step(torch.tensor(tokens, device=self._device))
+            logits = decoder.step(torch.tensor(tokens, device=self._device)[:, None])[:, 0]
         return [self._best(prompt, search, settings) for prompt, search in zip(batch, searches, strict=True)]
 
     def _best(self, prompt: Sample, search: BeamSearch, settings: GenerationSettings) -> list[Completion]:

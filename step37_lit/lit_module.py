@@ -9,30 +9,28 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.accelerators import CUDAAccelerator
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from step37_lit import saved_model
+from step37_lit import determinism, saved_model
 from step37_lit.batch import PackedBatch
 from step37_lit.config import Step37Config
 from step37_lit.errors import ConfigError, require
 from step37_lit.evaluation import EvaluationSums, swap_images
 from step37_lit.flops import training_flops
+from step37_lit.guard import StepGuard
 from step37_lit.hub.config_writer import hub_facts
-from step37_lit.initial_weights import check_initial_weights, load_initial_weights, read_initial_config
+from step37_lit.initial_weights import load_initial_weights, read_initial_config
 from step37_lit.lr_schedule import WarmupCosine
 from step37_lit.megatron import process
 from step37_lit.megatron.build import build_stage
-from step37_lit.megatron.checkpointing import check_same_model
+from step37_lit.megatron.checkpointing import check_same_model, print_once
 from step37_lit.megatron.chunks import chunks_of
 from step37_lit.megatron.layout import ParallelLayout
 from step37_lit.megatron.optimizer import AdamWSettings, check_patterns
 from step37_lit.megatron.schedule import StepResult
 from step37_lit.megatron.strategy import MegatronStrategy
-from step37_lit.planner.layout import PlannedLayout
-from step37_lit.planner.short import refuse_too_large
-from step37_lit.planner.weights import DType, Part
+from step37_lit.spikes import SpikeAction
 from step37_lit.throughput import StepTimer, measure_gemm_peak
 
 
@@ -41,7 +39,8 @@ class Step37LitModule(pl.LightningModule):
 
     Logged at every optimizer step: `train/loss` (per token of the global batch), `train/grad_norm` (before clipping),
     `train/tokens_per_second`, `train/images_per_second`, `train/mfu` (share of the process's own GEMM peak),
-    `train/padding` (share of positions that are padding), `train/data_wait` (share of the time spent waiting for a
+    `train/padding` (share of positions that are padding), `train/skipped_steps` (so far, with `spike_action` skip),
+    `train/data_wait` (share of the time spent waiting for a
     loader that counts it, as this project's do), and with `text.mtp` `train/mtp_loss_1`, ... (of each MTP layer, per
     token that it learns; not in `train/loss`). Logged by an evaluation: `val/loss` (per token of the whole
     split) and, where the data names attribute words, `val/attribute_accuracy` and one value for each kind.
@@ -65,6 +64,9 @@ class Step37LitModule(pl.LightningModule):
         freeze_language_model: Keep the text decoder as it is.
         freeze_vision_model: Keep the vision tower as it is.
         freeze_vision_projection: Keep the projector as it is.
+        spike_factors: A step whose `loss` or `grad_norm` is above this many times its median over the last 100 steps is
+            a spike: `{loss: 2.0, grad_norm: 10.0}`. Null watches neither; what is not finite stops a run in any case.
+        spike_action: `stop` the run at a spike, with a dump of the batch; or `skip` the step, up to three in a row.
         eval_suffixes: Suffix of the logged names for each of the data module's evaluation loaders.
         swap_images: Evaluate with each picture replaced by another sample's, to see what the pictures are worth.
         seed: Of the random initial weights.
@@ -89,6 +91,8 @@ class Step37LitModule(pl.LightningModule):
         freeze_language_model: bool = False,
         freeze_vision_model: bool = False,
         freeze_vision_projection: bool = False,
+        spike_factors: dict[str, float] | None = None,
+        spike_action: SpikeAction = "stop",
         eval_suffixes: tuple[str, ...] = ("", "_seen"),
         swap_images: bool = False,
         seed: int = 0,
@@ -105,8 +109,10 @@ class Step37LitModule(pl.LightningModule):
         self.warmup_steps, self.decay_steps, self.min_lr_factor = warmup_steps, decay_steps, min_lr_factor
         self.frozen = (freeze_language_model, freeze_vision_model, freeze_vision_projection)
         self.eval_suffixes, self.swap_images, self.seed = eval_suffixes, swap_images, seed
+        self.guard = StepGuard(self.config, spike_factors or {}, spike_action)
         self.gemm_peak: float | None = None
         self._timer = StepTimer()
+        self._packs: list[PackedBatch] = []
         self._result: StepResult | None = None
         self._evaluations: dict[int, EvaluationSums] = {}
         self._random_states: dict[str, Any] | None = None
@@ -143,65 +149,21 @@ class Step37LitModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.strategy.build_optimizer(self.adamw)
-        scheduler = LambdaLR(optimizer, self._lr_factor(self.trainer.max_steps))
+        optimizer.admits = self._admits
+        scheduler = LambdaLR(optimizer, self.lr_factor(self.trainer.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _lr_factor(self, max_steps: int) -> WarmupCosine:
+    def lr_factor(self, max_steps: int) -> WarmupCosine:
+        """Factor on the learning rate by step; raises `ConfigError` where the schedule has no end."""
         total = self.decay_steps if self.decay_steps is not None else max_steps
         require(total > 0, "model.decay_steps", "a number of steps where trainer.max_steps is not set", total)
         return WarmupCosine(self.warmup_steps, total, self.min_lr_factor)
 
-    def check(self, trainer: pl.Trainer, datamodule: pl.LightningDataModule | None, fitting: bool) -> None:
-        """Refuses a run that cannot work, before anything is written.
-
-        Raises:
-            ConfigError: names the field of the recipe.
-        """
-        strategy = megatron_strategy(trainer)
-        strategy.check(self.config, trainer, fitting)
-        if self.init_from is not None:
-            check_initial_weights(self.config, self.init_from)
-        if fitting:
-            if isinstance(trainer.accelerator, CUDAAccelerator):
-                refuse_too_large(*self.planned(trainer), torch.cuda.get_device_properties(0).total_memory)
-            self._lr_factor(trainer.max_steps)
-            for callback in trainer.callbacks:
-                if hasattr(callback, "check"):
-                    callback.check(trainer, self)
-        if datamodule is not None and hasattr(datamodule, "check"):
-            ranks = strategy.layout.data_parallel_size(trainer.world_size)
-            datamodule.check(ranks)
-            if hasattr(datamodule, "microbatches"):
-                strategy.layout.check_microbatches(datamodule.microbatches, ranks, "data.microbatches")
-        if datamodule is not None and hasattr(datamodule, "row_length"):
-            strategy.layout.check_row(*datamodule.row_length)
-        if datamodule is not None and hasattr(datamodule, "config"):  # data made for a model: it must be this one
-            theirs, own = datamodule.config, self.config
-            require(theirs.tokens == own.tokens, "data: special tokens", own.tokens, theirs.tokens)
-            require(
-                theirs.vision.image_size == own.vision.image_size,
-                "data: image size",
-                f"{own.vision.image_size} (model.vision.image_size)",
-                theirs.vision.image_size,
-            )
-            require(
-                theirs.text.vocab_size <= own.text.vocab_size,
-                "data: vocabulary",
-                f"at most {own.text.vocab_size} (model.text.vocab_size)",
-                theirs.text.vocab_size,
-            )
-
-    def planned(self, trainer: pl.Trainer) -> tuple[Step37Config, PlannedLayout, DType, frozenset[Part]]:
-        """What the planner needs to know of a run."""
-        strategy = megatron_strategy(trainer)
-        layout = PlannedLayout.of(strategy.layout, trainer.world_size)
-        parts: tuple[Part, ...] = ("language", "vision", "projection")
-        frozen = frozenset(part for part, is_frozen in zip(parts, self.frozen, strict=True) if is_frozen)
-        return self.config, layout, "bf16" if strategy.dtype == torch.bfloat16 else "fp32", frozen
-
     # ---- training ----
 
     def on_train_start(self) -> None:
+        if determinism.enabled():
+            print_once(determinism.described(self.device, self.trainer.world_size))
         if self.gemm_peak is None:
             self.gemm_peak = measure_gemm_peak(self.device, self.strategy.dtype)
 
@@ -214,19 +176,16 @@ class Step37LitModule(pl.LightningModule):
 
     def training_step(self, batch: list[PackedBatch], batch_idx: int) -> Tensor:
         """Forward and backward of one global step; returns the loss of the global batch, 0-dim fp64, detached."""
-        self._result = self.strategy.train_step(batch)
-        self.trainer.should_stop |= self._result.stop  # here, so that callbacks know it when the step is done
+        self._packs, self._result = batch, self.strategy.train_step(batch)
         loss = self._result.loss
-        if not torch.isfinite(loss):
-            keys = [key for pack in batch for key in pack.sample_keys]
-            raise FloatingPointError(
-                f"step {self.global_step}: loss {loss.item()} on data-parallel rank "
-                f"{self.strategy.data_parallel_rank}, samples {keys}; the optimizer has not stepped"
-            )
         self.log("train/loss", loss.float(), on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
         for layer, mtp_loss in enumerate(self._result.mtp_losses, start=1):
             self.log(f"train/mtp_loss_{layer}", mtp_loss.float(), on_step=True, on_epoch=False, batch_size=1)
         return loss
+
+    def _admits(self, grad_norm: float) -> bool:
+        assert self._result is not None
+        return self.guard.admits(self.strategy, self._packs, self._result, grad_norm)
 
     def on_train_batch_end(self, outputs: Any, batch: list[PackedBatch], batch_idx: int) -> None:
         result = self._result
@@ -240,6 +199,8 @@ class Step37LitModule(pl.LightningModule):
             "train/mfu": flops / seconds / self.gemm_peak,
             "train/padding": 1.0 - result.tokens / result.row_tokens,
         }
+        if self.guard.spikes.action == "skip":
+            values["train/skipped_steps"] = float(self.guard.spikes.skipped)
         if self._counts_waiting:
             values["train/data_wait"] = waited / seconds
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
@@ -301,11 +262,14 @@ class Step37LitModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["random_states"] = self.strategy.random_states()
+        checkpoint["spikes"] = self.guard.spikes.state_dict()
         processor, prompt = (getattr(self.trainer.datamodule, name, None) for name in ("processor", "prompt"))
         checkpoint[saved_model.ENTRY] = saved_model.description(self.config, processor, prompt)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._random_states = checkpoint["random_states"]
+        if "spikes" in checkpoint:  # not in those of weights and of earlier versions
+            self.guard.spikes.load_state_dict(checkpoint["spikes"])
 
 
 def megatron_strategy(trainer: pl.Trainer) -> MegatronStrategy:

@@ -74,6 +74,10 @@ class RunCheckpoints(Checkpoint):
         if due or self.monitor is not None or _ends(trainer):
             self._save(trainer, best)
 
+    def on_validation_cut(self, trainer: pl.Trainer) -> None:
+        """Called by the strategy on all ranks where a signal ends the run in the midst of a validation."""
+        self._save(trainer)
+
     def _is_best(self, trainer: pl.Trainer) -> bool:
         if self.monitor is None:
             return False
@@ -93,7 +97,8 @@ class RunCheckpoints(Checkpoint):
         if trainer.fast_dev_run or (step == self._last_step and not best):
             return
         # What was complete before this save begins may go; the one that is being written is not counted yet.
-        trainer.strategy.saver.wait()
+        with trainer.strategy.progress.untimed("a wait for the last save"):
+            trainer.strategy.saver.wait()
         if trainer.is_global_zero:
             kept = [Path(each).name for each in (self.best_model_path, self.last_model_path) if each]
             folder.prune(self._folder, self.keep_last, self.keep_every, kept)
@@ -103,7 +108,8 @@ class RunCheckpoints(Checkpoint):
         trainer.save_checkpoint(path)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        trainer.strategy.saver.wait()
+        with trainer.strategy.progress.untimed("the last save"):
+            trainer.strategy.saver.wait()
         if trainer.is_global_zero:
             kept = [Path(self.best_model_path).name] if self.best_model_path else []
             folder.prune(self._folder, self.keep_last, self.keep_every, kept)

@@ -43,10 +43,12 @@ class _Writer(ExperimentWriter):
 
     def save(self) -> None:
         if self._earlier and self.metrics:
-            # Steps behind the checkpoint are trained again.
+            # Steps behind the checkpoint are trained again. A validation comes first where the run made up for it: it
+            # is of the checkpoint's own step, whose row stays.
             first = min(int(row["step"]) for row in self.metrics)
+            made_up = any(name.startswith("val/") for name in self.metrics[0])
             self.metrics_keys = list(self._earlier[0])
-            self._replace([row for row in self._earlier if int(row["step"]) < first])
+            self._replace([row for row in self._earlier if int(row["step"]) < first + made_up])
             self._earlier = []
         super().save()
 

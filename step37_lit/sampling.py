@@ -29,6 +29,8 @@ class GenerationSettings:
             (arXiv:1909.05858); 1 is off.
         no_repeat_ngram: No n-gram of this length comes twice; 0 is off.
         seed: Of drawing. A row's draws depend on it, the prompt's key and the number of the sample only.
+        speculate: Tokens that MTP layers draft ahead, at most as many as the model has of them; the model keeps those
+            that it would have chosen itself. It changes no token, only the time: it pays where layers were trained.
 
     Raises:
         ConfigError: names the field.
@@ -45,6 +47,7 @@ class GenerationSettings:
     repetition_penalty: float = 1.0
     no_repeat_ngram: int = 0
     seed: int = 0
+    speculate: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_beams", "num_samples"):
@@ -54,9 +57,11 @@ class GenerationSettings:
         require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
         require(self.repetition_penalty > 0, "repetition_penalty", "a positive number", self.repetition_penalty)
         require(self.no_repeat_ngram >= 0, "no_repeat_ngram", "0 or more", self.no_repeat_ngram)
+        require(self.speculate >= 0, "speculate", "0 (no drafts) or more", self.speculate)
         require(all(self.stop_strings), "stop_strings", "no empty string", self.stop_strings)
         if self.num_beams > 1:
             require(self.temperature == 0, "temperature", "0 with num_beams", self.temperature)
+            require(self.speculate == 0, "speculate", "0 with num_beams", self.speculate)
             require(self.num_samples <= self.num_beams, "num_samples", "at most num_beams", self.num_samples)
         elif self.temperature == 0:
             require(self.num_samples == 1, "num_samples", "1 with temperature 0", self.num_samples)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,3 +44,27 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         pytest.skip("no Chromium on this machine")
     with Browser(executable, tmp_path_factory.mktemp("profile")) as browser:
         yield browser
+
+
+@pytest.fixture(scope="session")
+def shared_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of noise with captions, which no test changes."""
+    from tests.sharding import make_source
+
+    return make_source(tmp_path_factory.mktemp("shared") / "noise")
+
+
+@pytest.fixture
+def source(shared_source: Path, tmp_path: Path) -> Path:
+    """A copy of them that a test may spoil."""
+    return Path(shutil.copytree(shared_source, tmp_path / "noise"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(shared_source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Digests of the shards that they become."""
+    from tests.sharding import digests, shard
+
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert shard(shared_source, out) == 0
+    return digests(out)

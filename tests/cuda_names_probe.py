@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel import random as tensor_parallel_random
 from megatron.core.transformer.moe import token_dispatcher
 
@@ -33,7 +34,7 @@ LAYOUTS = {
     "one rank": ParallelLayout(),
     "PP2": ParallelLayout(pipeline=2),
     "EP2": ParallelLayout(expert=2),
-    "TP2+SP": ParallelLayout(tensor=2, sequence_parallel=True),
+    "TP2+SP EP2 ETP2": ParallelLayout(tensor=2, expert=2, expert_tensor=2, sequence_parallel=True),
 }
 
 
@@ -71,6 +72,7 @@ def stand_ins() -> dict[str, tuple[object, str]]:
     """Every stand-in: name -> (owner, attribute) of what `install` replaces."""
     owners: dict[str, tuple[object, str]] = {f"torch.cuda.{n}": (torch.cuda, n) for n in cuda_names.TORCH_CUDA_NAMES}
     owners["random._get_cuda_rng_state"] = (tensor_parallel_random, "_get_cuda_rng_state")
+    owners["mappings._gather_along_first_dim"] = (mappings, "_gather_along_first_dim")
     owners["token_dispatcher.maybe_move_tensor_to_cpu"] = (token_dispatcher, "maybe_move_tensor_to_cpu")
     return owners
 
@@ -78,7 +80,7 @@ def stand_ins() -> dict[str, tuple[object, str]]:
 def run_without(name: str | None) -> str:
     """ "ok" if the piece runs in every layout with one stand-in taken back, else the layout and the error."""
     for label, layout in LAYOUTS.items():
-        ranks = max(layout.pipeline, layout.expert, layout.tensor)
+        ranks = layout.pipeline * layout.expert * layout.tensor
         with tempfile.TemporaryDirectory() as folder:
             children = [_fork(name, layout, rank, ranks, folder) for rank in range(ranks)]
             for child in children:

@@ -33,6 +33,13 @@ from tests import shard_sets
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 ROOT = Path(__file__).parents[1]
+MTP_TEXT = {
+    "num_mtp_layers": 1,
+    "mtp": True,
+    "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    "swiglu_limits": [None] * 3,
+    "swiglu_limits_shared": [None] * 3,
+}
 
 
 def train(folder: Path, data: pl.LightningDataModule, captioning: CaptionMetrics, **changed: Any) -> pl.Trainer:
@@ -41,7 +48,7 @@ def train(folder: Path, data: pl.LightningDataModule, captioning: CaptionMetrics
     arguments["check_val_every_n_epoch"] = None  # the interval counts steps over epochs
     saving = ModelCheckpoint(folder / "checkpoints", monitor="val/cider_d", mode="max", save_last=True)
     trainer = pl.Trainer(strategy=MegatronStrategy(), callbacks=[captioning, saving], **arguments)
-    trainer.fit(Step37LitModule(preset="tiny", warmup_steps=1, decay_steps=9, seed=3), datamodule=data)
+    trainer.fit(Step37LitModule(preset="tiny", text=MTP_TEXT, warmup_steps=1, decay_steps=9, seed=3), datamodule=data)
     return trainer
 
 
@@ -67,7 +74,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
         val_share=0.4,
         num_workers=0,
     )
-    trainer = train(root / "run", data, CaptionMetrics(max_samples=9, max_new_tokens=12, batch_size=4))
+    trainer = train(root / "run", data, CaptionMetrics(max_samples=9, max_new_tokens=12, batch_size=4, speculate=1))
     assert isinstance(trainer.checkpoint_callback, ModelCheckpoint)
     assert trainer.checkpoint_callback.best_model_score is not None
     return root / "run"
@@ -177,7 +184,9 @@ def test_the_caption_command(run: Path, tmp_path: Path) -> None:
     assert [Path(row["path"]).name for row in rows] == ["0.jpg", "1.jpg", "2.jpg"]
     assert all(row["caption"] for row in rows)
     assert f"skipped {pictures / 'broken.png'}: " in done.stderr
-    printed = caption("--model", run / "checkpoints" / "last.ckpt", pictures / "1.jpg", "--max-new-tokens", 6)
+    one = ("--model", run / "checkpoints" / "last.ckpt", pictures / "1.jpg", "--max-new-tokens", 6)
+    printed = caption(*one, "--speculate", 1)
+    assert "tokens a step" in printed.stderr
     assert printed.stdout == f"{pictures / '1.jpg'}\t{rows[1]['caption']}\n"
     for arguments, line in (
         (("--model", tmp_path, pictures), "checkpoint: expected a checkpoint's folder, or a run's folder"),
@@ -187,9 +196,17 @@ def test_the_caption_command(run: Path, tmp_path: Path) -> None:
             "IMAGES: expected a picture that can be read",
         ),
         (("--model", run, pictures, "--num-beams", 2, "--temperature", 1), "temperature: expected 0 with num_beams"),
+        ((*one, "--speculate", 2), "speculate: expected at most 1 (MTP layers), found 2"),
     ):
         refused = caption(*arguments)
         assert refused.returncode == 2 and line in refused.stderr, refused.stderr
+
+
+def test_more_drafts_than_mtp_layers_are_refused_before_training(tmp_path: Path) -> None:
+    module = Step37LitModule(preset="tiny", text=MTP_TEXT)
+    trainer = pl.Trainer(strategy=MegatronStrategy(), **trainer_arguments(tmp_path))
+    with pytest.raises(ConfigError, match=r"CaptionMetrics\.speculate: expected at most 1 \(MTP layers, text\.mtp\)"):
+        CaptionMetrics(speculate=2).check(trainer, module)
 
 
 def test_scenes_are_scored_by_all_their_paraphrases(tmp_path: Path) -> None:

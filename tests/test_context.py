@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from callbacks.caption_metrics import CaptionMetrics
 from datamodules.scenes import ScenesDataModule
-from step37_lit import MegatronStrategy, Step37Config, Step37LitModule, build_model
+from step37_lit import MegatronStrategy, Step37Config, Step37LitModule, build_model, run_checks
 from step37_lit.errors import ConfigError
 from step37_lit.megatron.context import ContextSeqParams, with_chunks
 from step37_lit.megatron.core_attention import FlashCoreAttention, SDPACoreAttention
 from step37_lit.megatron.inference import inference_mode
 from step37_lit.megatron.layout import ParallelLayout
-from step37_lit.megatron.vision_parallel import balanced
+from step37_lit.megatron.shares import balanced
 from tests.test_core_attention import borders, by_definition, random_qkv
 from tests.training import module_arguments, trainer_arguments
 
@@ -134,7 +134,7 @@ def test_caption_metrics_are_refused(tmp_path: Path) -> None:
     )
     lit = Step37LitModule(**module_arguments())
     with pytest.raises(ConfigError, match=r"strategy.context: expected 1 with CaptionMetrics .*found 2"):
-        lit.check(trainer, None, fitting=True)
+        run_checks.check(lit, trainer, None, fitting=True)
 
 
 def test_rows_that_do_not_divide_are_refused_before_anything_starts(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_rows_that_do_not_divide_are_refused_before_anything_starts(tmp_path: Pa
     for pad_to in (None, 202):
         data = ScenesDataModule(num_steps=2, val_samples=8, samples_per_pack=4, microbatches=1, pad_to=pad_to)
         with pytest.raises(ConfigError, match=f"data.pad_to: expected a multiple of 4 .*, found {pad_to}"):
-            lit.check(trainer, data, fitting=False)
+            run_checks.check(lit, trainer, data, fitting=False)
 
 
 def test_tokens_of_an_image_that_is_not_square() -> None:

@@ -24,7 +24,7 @@ def outcomes() -> dict[str, str]:
 
 
 def test_megatron_trains_with_all_stand_ins(outcomes: dict[str, str]) -> None:
-    """One rank, PP2, EP2, TP2 with sequence parallelism: DDP, schedule, clipping, distributed optimizer."""
+    """One rank, PP2, EP2, TP2 with SP, EP2 and ETP2: DDP, schedule, clipping, distributed optimizer."""
     assert outcomes["nothing"] == "ok"
 
 

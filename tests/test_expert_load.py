@@ -177,9 +177,10 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         {"expert": 2},
         {"pipeline": 2},
         {"pipeline": 2, "virtual_pipeline": 2, "recompute": "full"},
-        {"tensor": 2, "sequence_parallel": True},
+        {"tensor": 2, "sequence_parallel": True, "expert_tensor": 2},
+        {"tensor": 2},
     ],
-    ids=["data", "expert", "pipeline", "virtual stages", "tensor and sequence"],
+    ids=["data", "expert", "pipeline", "virtual stages", "tensor and sequence", "tensor"],
 )
 def test_two_ranks_count_as_one(strategy: dict[str, Any], one_rank: list[dict[str, Any]], tmp_path: Path) -> None:
     rows = on_ranks(tmp_path, 2, strategy)

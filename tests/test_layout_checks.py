@@ -13,7 +13,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent))
 from training import TinyData, module_arguments, trainer_arguments
 
-from step37_lit import ConfigError, MegatronStrategy, Step37Config, Step37LitModule
+from step37_lit import ConfigError, MegatronStrategy, Step37Config, Step37LitModule, run_checks
 from step37_lit.megatron.layout import ParallelLayout
 
 FLASH = "flash"  # 45 layers, 64 and 96 heads, 8 KV groups, 288 experts
@@ -25,6 +25,17 @@ REFUSED: list[tuple[int, dict[str, Any], str]] = [
         12,
         {"pipeline": 3, "expert": 8},
         "strategy.expert: expected a divisor of the 4 processes of a pipeline stage (nearest: 4), found 8",
+    ),
+    (
+        8,
+        {"tensor": 4, "expert_tensor": 2},
+        "strategy.expert_tensor: expected 1 or 4 (strategy.tensor), found 2",
+    ),
+    (2, {"expert_tensor": 2}, "strategy.expert_tensor: expected 1, found 2"),
+    (
+        8,
+        {"tensor": 4, "expert_tensor": 4, "expert": 4},
+        "strategy.expert: expected a divisor of the 8 processes of a pipeline stage / expert_tensor 4 (nearest: 2), found 4",
     ),
     (
         12,
@@ -87,12 +98,23 @@ def test_refuses(world: int, layout: dict[str, Any], line: str) -> None:
         (9, {"pipeline": 9}, [5] * 9),
         (3, {"pipeline": 3, "virtual_pipeline": 3}, [5] * 9),
         (512, {"tensor": 8, "sequence_parallel": True, "expert": 32}, [45]),
+        (512, {"tensor": 8, "sequence_parallel": True, "expert": 32, "expert_tensor": 8}, [45]),
     ],
 )
 def test_accepts(world: int, layout: dict[str, Any], pieces: list[int]) -> None:
     accepted = ParallelLayout(**layout)
     accepted.validate(Step37Config.preset(FLASH), world)
     assert accepted.layers_of_pieces(45) == pieces
+
+
+def test_experts_that_are_not_there_cannot_be_shared() -> None:
+    for name in ("expert", "expert_tensor"):
+        with pytest.raises(ConfigError, match=rf"strategy\.{name}: expected 1 \(the model has no experts\), found 2"):
+            ParallelLayout(tensor=2, **{name: 2}).validate(Step37Config.preset("tiny"), 2)
+    odd = Step37Config.preset("tiny_moe", expert_ffn_size=63)
+    refused = r"strategy\.expert_tensor: expected a divisor of text\.expert_ffn_size 63 \(nearest: 1\), found 2"
+    with pytest.raises(ConfigError, match=refused):
+        ParallelLayout(tensor=2, expert_tensor=2).validate(odd, 2)
 
 
 @pytest.mark.parametrize(("microbatches", "nearest"), [(2, 4), (6, 8), (7, 8)])
@@ -113,7 +135,7 @@ def test_a_runs_microbatches_are_checked_before_it_starts(tmp_path: Path) -> Non
     trainer = pl.Trainer(strategy=strategy, **trainer_arguments(tmp_path, devices=2))
     module = Step37LitModule(**module_arguments(preset="tiny_moe"))
     with pytest.raises(ConfigError, match=r"data\.microbatches: expected a multiple of pipeline 2 x 1 .* found 3"):
-        module.check(trainer, Data(), fitting=True)
+        run_checks.check(module, trainer, Data(), fitting=True)
 
 
 def test_a_run_is_refused_before_weights_and_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent))
 from training import TinyData, module_arguments, sample, trainer_arguments
 
-from step37_lit import ConfigError, MegatronStrategy, PackedBatch, Step37Config, Step37LitModule
+from step37_lit import ConfigError, MegatronStrategy, PackedBatch, Step37Config, Step37LitModule, run_checks
 from step37_lit.evaluation import EvaluationSums, swap_images
 from step37_lit.flops import forward_flops
 from step37_lit.lit_module import split_samples, with_overrides
@@ -143,7 +143,7 @@ def test_data_made_for_another_model_is_refused(tmp_path: Path) -> None:
     lit, data = Step37LitModule(**module_arguments()), TinyData()
     trainer = pl.Trainer(strategy=MegatronStrategy(), **trainer_arguments(tmp_path))
     data.config = lit.config
-    lit.check(trainer, data, fitting=True)
+    run_checks.check(lit, trainer, data, fitting=True)
     data.config = dataclasses.replace(lit.config, text=dataclasses.replace(lit.config.text, vocab_size=65))
     with pytest.raises(ConfigError, match="data: vocabulary: expected at most 64"):
-        lit.check(trainer, data, fitting=True)
+        run_checks.check(lit, trainer, data, fitting=True)

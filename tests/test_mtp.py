@@ -19,7 +19,6 @@ from step37_lit import ConfigError, MegatronStrategy, PackedBatch, Step37Config,
 from step37_lit.batch import Sample
 from step37_lit.megatron import data_parallel, schedule
 from step37_lit.megatron.build import build_model
-from step37_lit.model.kv_cache import KVCache
 from step37_lit.model.packing import following
 
 
@@ -138,6 +137,3 @@ def test_refused(one_rank: None) -> None:
         Step37Config.preset("tiny", mtp=True)
     with pytest.raises(ConfigError, match=r"text\.mtp_loss_weight: expected 0 or more, found -1"):
         Step37Config.preset("tiny", mtp_loss_weight=-1)
-    model = build_model(tiny().config)
-    with pytest.raises(ValueError, match="with_mtp: expected False with an inference_context"):
-        model(torch.arange(16, 24)[None], inference_context=KVCache(9), with_mtp=True)

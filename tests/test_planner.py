@@ -51,7 +51,7 @@ def test_published_totals() -> None:
     [
         PlannedLayout(ranks=64, pipeline=8, expert=8, stage_layers=(6, 6, 6, 6, 6, 6, 6, 3)),
         PlannedLayout(ranks=64, tensor=2, sequence_parallel=True, pipeline=5, expert=2, virtual_pipeline=3),
-        PlannedLayout(ranks=48, tensor=4, sequence_parallel=True, expert=12, expert_tensor=2, context=3),
+        PlannedLayout(ranks=48, tensor=4, sequence_parallel=True, expert=12, expert_tensor=4, context=3),
     ],
 )
 def test_every_weight_is_on_some_stage(layout: PlannedLayout) -> None:

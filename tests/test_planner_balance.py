@@ -12,7 +12,7 @@ from step37_lit.config import Step37Config
 from step37_lit.errors import ConfigError
 from step37_lit.lit_module import with_overrides
 from step37_lit.planner.balance import balanced_split
-from step37_lit.planner.estimate import chunk_flops
+from step37_lit.planner.estimate import chunk_operations
 from step37_lit.planner.layout import PlannedLayout
 from step37_lit.planner.memory import stage_memory
 from step37_lit.planner.work import Pack, Training
@@ -68,7 +68,7 @@ def test_time_has_no_longer_chunk_than_any_split() -> None:
 
     def longest(counts: tuple[int, ...]) -> float:
         split = dataclasses.replace(layout, stage_layers=counts)
-        return max(training.passes.dot(chunk_flops(config, split, training.pack, chunk)) for chunk in range(3))
+        return max(chunk_operations(config, split, training, chunk) for chunk in range(3))
 
     assert longest(balanced_split(config, layout, training, "time")) == pytest.approx(
         min(longest(c) for c in splits(9, 3))

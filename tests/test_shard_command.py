@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,24 +24,6 @@ from datamodules.sources.base import Item, Ref
 from datamodules.sources.captions import Flickr8kSource
 from step37_lit.errors import ConfigError
 from tests.sharding import NUMBER, PER_SHARD, digests, make_source, read, shard
-
-
-@pytest.fixture(scope="module")
-def shared_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_source(tmp_path_factory.mktemp("shared") / "noise")
-
-
-@pytest.fixture
-def source(shared_source: Path, tmp_path: Path) -> Path:
-    """A copy that a test may spoil."""
-    return Path(shutil.copytree(shared_source, tmp_path / "noise"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(shared_source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
-    assert shard(shared_source, out) == 0
-    return digests(out)
 
 
 def spoil(source: Path) -> None:

@@ -21,25 +21,7 @@ from datamodules.shards.writer import TEMPORARY, begin
 from datamodules.sources.captions import Flickr8kSource
 from step37_lit.errors import ConfigError
 from tests.conftest import SEED
-from tests.sharding import COMMAND, NUMBER, PER_SHARD, REPOSITORY, digests, make_source, shard
-
-
-@pytest.fixture(scope="module")
-def shared_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_source(tmp_path_factory.mktemp("shared") / "noise")
-
-
-@pytest.fixture
-def source(shared_source: Path, tmp_path: Path) -> Path:
-    """A copy that a test may spoil."""
-    return Path(shutil.copytree(shared_source, tmp_path / "noise"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(shared_source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
-    assert shard(shared_source, out) == 0
-    return digests(out)
+from tests.sharding import COMMAND, NUMBER, PER_SHARD, REPOSITORY, digests, shard
 
 
 def start(source: Path, out: Path, *options: str) -> subprocess.Popen[str]:

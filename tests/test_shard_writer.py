@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import tarfile
 from pathlib import Path
 
@@ -14,25 +13,7 @@ from datamodules.commands.shard import main
 from datamodules.shards.index import ShardIndex
 from datamodules.shards.write_plan import Limit, plan_shards
 from datamodules.sources.captions import Flickr8kSource
-from tests.sharding import NUMBER, PER_SHARD, PHOTOGRAPHS, digests, make_source, read, shard
-
-
-@pytest.fixture(scope="module")
-def shared_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_source(tmp_path_factory.mktemp("shared") / "noise")
-
-
-@pytest.fixture
-def source(shared_source: Path, tmp_path: Path) -> Path:
-    """A copy that a test may spoil."""
-    return Path(shutil.copytree(shared_source, tmp_path / "noise"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(shared_source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
-    assert shard(shared_source, out) == 0
-    return digests(out)
+from tests.sharding import NUMBER, PER_SHARD, PHOTOGRAPHS, digests, read, shard
 
 
 def test_plain_webdataset_reads_the_sources_bytes_in_order(source: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from training import Record, TinyData, module_arguments, trainer_arguments
 
 from step37_lit import MegatronStrategy, Step37LitModule
 from step37_lit.errors import ConfigError
+from step37_lit.faults import TrainingFault
 from tests.reliability.exact_resume import fit, save_at
 
 
@@ -145,7 +146,9 @@ def test_a_loss_that_is_not_a_number_stops_before_the_step(tmp_path: Path) -> No
                 with torch.no_grad():
                     lit.model.output_layer.weight[3, 3] = float("nan")
 
-    with pytest.raises(FloatingPointError, match=r"step 2: loss nan .* samples \['24', '25'"):
+    with pytest.raises(
+        TrainingFault, match=r"step 3: weight output_layer\.weight not finite \(1 of .*; samples '24', '25'"
+    ):
         fit(tmp_path, 5, [Poison()])
 
 

@@ -22,7 +22,7 @@ from step37_lit.errors import ConfigError
 FORMAT = 2
 MANIFEST = "manifest.json"
 OWN_HASH = "sha256"
-KINDS = ("training", "weights")
+KINDS = ("training", "weights", "fault")
 SMALL_FILE = 16 * 2**20  # bytes up to which `sample` hashes every file
 SAMPLED_SHARE = 8  # of the larger ones it hashes one in this many
 
@@ -42,7 +42,7 @@ class Manifest:
     """What is in a checkpoint's folder.
 
     Args:
-        kind: `training` (can be resumed) or `weights`.
+        kind: `training` (can be resumed), `weights`, or `fault` (a step that was not taken: no weights).
         step: Optimizer steps that were done.
         epoch: The epoch it was written in, from 0.
         layout: Sizes of the parallel groups that wrote it, and `world_size`; empty for one process.

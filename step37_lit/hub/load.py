@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from step37_lit.config import Step37Config
 from step37_lit.errors import ConfigError
-from step37_lit.hub.conversions import Shape
 from step37_lit.hub.names import Row, name_table
+from step37_lit.hub.safetensors_file import Cut
 from step37_lit.hub.safetensors_folder import SafetensorsFolder
 from step37_lit.megatron import process
 from step37_lit.megatron.build import build_model
@@ -148,21 +149,13 @@ def _load(chunks: Sequence[Step37Model], path: str | Path) -> int:
 
 
 def _read(row: Row, weight: Tensor, folder: SafetensorsFolder, places: dict[str, RankPart]) -> None:
-    part = RankPart(0, 1) if row.split is None else places[row.split.over]
-    shapes = [_part_shape(row, tensor.shape, part.ranks) for tensor in row.hub]
+    cuts = [Cut(split.dim, *places[split.over]) for split in row.splits]
+    shapes = [functools.reduce(lambda shape, cut: cut.of(shape), cuts, tensor.shape) for tensor in row.hub]
     fused = row.conversion.fused_shape(shapes)
     if weight.shape != fused:
-        raise RuntimeError(f"{row.ours}: model {list(weight.shape)}, name table {list(fused)} of {part.ranks} parts")
+        raise RuntimeError(f"{row.ours}: model {list(weight.shape)}, name table {list(fused)} of {cuts}")
     for tensor, view in zip(row.hub, row.conversion.views(weight, shapes), strict=True):
-        folder.read(tensor.name, view, row.split, *part)
-
-
-def _part_shape(row: Row, shape: Shape, count: int) -> Shape:
-    """Of a hub tensor: one rank's part."""
-    if row.split is None:
-        return shape
-    dim = row.split.dim
-    return (*shape[:dim], shape[dim] // count, *shape[dim + 1 :])
+        folder.read(tensor.name, view, cuts)
 
 
 def _say_what_mtp_becomes(config: Step37Config, plan: LoadPlan, path: str | Path) -> None:

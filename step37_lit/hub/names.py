@@ -1,7 +1,7 @@
 """The name table: one row a weight, hub <-> this project.
 
 A row names the hub's tensors (some weights are fused here), the weight in `Step37Model` (layers numbered over the
-whole decoder), how the one becomes the other, and along which dimension ranks share it. Everything follows from the
+whole decoder), how the one becomes the other, and along which dimensions ranks share it. Everything follows from the
 config alone: shapes, dtypes, totals. Which rows a rank has follows from the layers that its model has.
 
 H = hidden, E = experts, F = inner width, N = query heads, G = key/value heads, D = head_dim.
@@ -54,11 +54,12 @@ class Split:
         dim: Dimension of the hub's tensors.
     """
 
-    over: Literal["tensor", "expert"]
+    over: Literal["tensor", "expert", "expert_tensor"]
     dim: int
 
 
-ROWS, COLUMNS, EXPERTS = Split("tensor", 0), Split("tensor", 1), Split("expert", 0)
+ROWS, COLUMNS = (Split("tensor", 0),), (Split("tensor", 1),)
+EXPERT_ROWS, EXPERT_COLUMNS = ((Split("expert", 0), Split("expert_tensor", dim)) for dim in (1, 2))
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,13 @@ class Row:
         hub: The hub's tensors that make it up, in the order of `conversion`.
         ours: Its name in `Step37Model`; None for MTP layers that the config does not build.
         conversion: How `hub` becomes `ours` and back.
-        split: How ranks share it; None is whole on each rank that has it.
+        splits: How ranks share it; without any it is whole on each rank that has it.
     """
 
     hub: tuple[HubTensor, ...]
     ours: str | None
     conversion: Conversion = COPY
-    split: Split | None = None
+    splits: tuple[Split, ...] = ()
 
     @property
     def shape(self) -> Shape:
@@ -121,8 +122,8 @@ def vision_rows(config: Step37Config) -> list[Row]:
     return [_copy(hub, ours, shape) for hub, ours, shape in names]
 
 
-def _copy(hub: str, ours: str, shape: Shape, split: Split | None = None) -> Row:
-    return Row((HubTensor(hub, shape),), ours, split=split)
+def _copy(hub: str, ours: str, shape: Shape, splits: tuple[Split, ...] = ()) -> Row:
+    return Row((HubTensor(hub, shape),), ours, splits=splits)
 
 
 def _layer_rows(config: Step37Config, layer: int, ours: str) -> list[Row]:
@@ -136,14 +137,14 @@ def _layer_rows(config: Step37Config, layer: int, ours: str) -> list[Row]:
         for name, shape in (("q", (heads * head_dim, hidden)), ("k", kv), ("v", kv))
     )
     copies = (
-        ("input_layernorm", "input_layernorm", (hidden,), None),
+        ("input_layernorm", "input_layernorm", (hidden,), ()),
         ("self_attn.o_proj", "self_attention.linear_proj", (hidden, heads * head_dim), COLUMNS),
         ("self_attn.g_proj", "self_attention.linear_gate", (heads, hidden), ROWS),
-        ("self_attn.q_norm", "self_attention.q_layernorm", (head_dim,), None),
-        ("self_attn.k_norm", "self_attention.k_layernorm", (head_dim,), None),
-        ("post_attention_layernorm", "pre_mlp_layernorm", (hidden,), None),
+        ("self_attn.q_norm", "self_attention.q_layernorm", (head_dim,), ()),
+        ("self_attn.k_norm", "self_attention.k_layernorm", (head_dim,), ()),
+        ("post_attention_layernorm", "pre_mlp_layernorm", (hidden,), ()),
     )
-    rows = [_copy(f"{hub}.{h}.weight", f"{ours}.{o}.weight", shape, split) for h, o, shape, split in copies]
+    rows = [_copy(f"{hub}.{h}.weight", f"{ours}.{o}.weight", shape, splits) for h, o, shape, splits in copies]
     rows.append(Row(qkv, f"{ours}.self_attention.linear_qkv.weight", FuseQKV(head_dim), ROWS))
     if layer in text.moe_layers:
         rows += _moe_rows(config, hub, ours)
@@ -167,8 +168,8 @@ def _moe_rows(config: Step37Config, hub: str, ours: str) -> list[Row]:
     return [
         _copy(f"{hub}.moe.gate.weight", f"{ours}.mlp.router.weight", (experts, hidden)),
         Row((HubTensor(f"{hub}.moe.router_bias", (experts,), fp32=True),), f"{ours}.mlp.router.expert_bias"),
-        Row(gate_up, f"{ours}.mlp.experts.weight1", GATE_UP, EXPERTS),
-        _copy(f"{hub}.moe.down_proj.weight", f"{ours}.mlp.experts.weight2", (experts, hidden, inner), EXPERTS),
+        Row(gate_up, f"{ours}.mlp.experts.weight1", GATE_UP, EXPERT_ROWS),
+        _copy(f"{hub}.moe.down_proj.weight", f"{ours}.mlp.experts.weight2", (experts, hidden, inner), EXPERT_COLUMNS),
         *_swiglu_rows(f"{hub}.share_expert", f"{ours}.mlp.shared_experts", hidden, text.shared_expert_ffn_size),
     ]
 
@@ -177,14 +178,14 @@ def _mtp_rows(config: Step37Config, layer: int, ours: str) -> list[Row]:
     """What an MTP layer has beside its decoder layer."""
     text = config.text
     copies = (
-        ("enorm", "enorm", (text.hidden_size,), None),
-        ("hnorm", "hnorm", (text.hidden_size,), None),
-        ("eh_proj", "eh_proj", (text.hidden_size, 2 * text.hidden_size), None),
-        ("transformer.shared_head.norm", "final_layernorm", (text.hidden_size,), None),
+        ("enorm", "enorm", (text.hidden_size,), ()),
+        ("hnorm", "hnorm", (text.hidden_size,), ()),
+        ("eh_proj", "eh_proj", (text.hidden_size, 2 * text.hidden_size), ()),
+        ("transformer.shared_head.norm", "final_layernorm", (text.hidden_size,), ()),
         ("transformer.shared_head.output", "output_layer", (text.vocab_size, text.hidden_size), ROWS),
     )
     hub = f"model.layers.{layer}"
-    return [_copy(f"{hub}.{h}.weight", f"{ours}.{o}.weight", shape, split) for h, o, shape, split in copies]
+    return [_copy(f"{hub}.{h}.weight", f"{ours}.{o}.weight", shape, splits) for h, o, shape, splits in copies]
 
 
 def _vision_shapes(vision: VisionConfig) -> Iterator[tuple[str, Shape]]:

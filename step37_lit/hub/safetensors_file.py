@@ -9,12 +9,13 @@ read are not counted as this process's memory, and `bytes_read` is what was aske
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +47,24 @@ class Entry:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Cut(NamedTuple):
+    """Part number `part` (from 0) of `parts` equal ones along dimension `dim`."""
+
+    dim: int
+    part: int
+    parts: int
+
+    def of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the part of a tensor of `shape`.
+
+        Raises:
+            ValueError: the dimension does not divide.
+        """
+        if shape[self.dim] % self.parts:
+            raise ValueError(f"dimension {self.dim} of {list(shape)} in {self.parts} parts")
+        return (*shape[: self.dim], shape[self.dim] // self.parts, *shape[self.dim + 1 :])
 
 
 class SafetensorsFile:
@@ -115,27 +134,25 @@ class SafetensorsFile:
             raise ConfigError(f"{name}: data_offsets", f"the bytes of {dtype} {shape}", offsets, self.file)
         return Entry(DTYPES[dtype], tuple(shape), data + offsets[0])
 
-    def read(self, name: str, target: Tensor, dim: int = 0, part: int = 0, parts: int = 1) -> None:
-        """Fills `target` with tensor `name`, or with one of `parts` equal parts along `dim`, converted to its dtype.
+    def read(self, name: str, target: Tensor, cuts: Sequence[Cut] = ()) -> None:
+        """Fills `target` with tensor `name`, or with the part that `cuts` leave of it, converted to its dtype.
 
         Args:
             name: The tensor.
             target: Any view with as many elements as the part, filled in row-major order.
-            dim: Dimension that is cut.
-            part: Which part, from 0.
-            parts: How many.
+            cuts: Of different dimensions.
 
         Raises:
             ConfigError: the file has become shorter, or cannot be read.
             ValueError: the part and `target` do not have the same number of elements.
         """
         entry = self.entries[name]
-        if target.numel() * parts != math.prod(entry.shape):
-            raise ValueError(f"{name}: {parts} parts of {list(entry.shape)} into {list(target.shape)}")
+        if target.numel() * math.prod(cut.parts for cut in cuts) != math.prod(entry.shape):
+            raise ValueError(f"{name}: {list(cuts)} of {list(entry.shape)} into {list(target.shape)}")
         direct = target.dtype == entry.dtype and target.device.type == "cpu"
         # A plain tensor where elements must be converted or moved on.
         place = target if direct else torch.empty(target.shape, dtype=entry.dtype)
-        self._fill(name, _runs(entry, dim, part, parts), contiguous_bytes(place))
+        self._fill(name, _runs(entry, cuts), contiguous_bytes(place))
         if not direct:
             target.copy_(place)
 
@@ -156,18 +173,21 @@ class SafetensorsFile:
                 self.bytes_read += count
 
 
-def _runs(entry: Entry, dim: int, part: int, parts: int) -> Iterator[tuple[int, int]]:
+def _runs(entry: Entry, cuts: Sequence[Cut]) -> Iterator[tuple[int, int]]:
     """Place and length in bytes of what is contiguous in the file."""
-    if parts == 1:
+    shape, first = entry.shape, [0] * len(entry.shape)
+    for cut in cuts:
+        shape = cut.of(shape)
+        first[cut.dim] = cut.part * shape[cut.dim]
+    last = max((cut.dim for cut in cuts if cut.parts > 1), default=-1)  # behind it all is contiguous
+    if last < 0:
         yield entry.start, entry.nbytes
         return
-    size = entry.shape[dim]
-    if size % parts:
-        raise ValueError(f"dimension {dim} of {list(entry.shape)} in {parts} parts")
-    inner = math.prod(entry.shape[dim + 1 :]) * entry.dtype.itemsize
-    length = size // parts * inner
-    for outer in range(math.prod(entry.shape[:dim])):
-        yield entry.start + outer * size * inner + part * length, length
+    strides = [math.prod(entry.shape[dim + 1 :]) * entry.dtype.itemsize for dim in range(last + 1)]
+    outer = (range(first[dim], first[dim] + shape[dim]) for dim in range(last))
+    for place in itertools.product(*outer):
+        at = sum(index * stride for index, stride in zip((*place, first[last]), strides, strict=True))
+        yield entry.start + at, shape[last] * strides[last]
 
 
 def contiguous_bytes(tensor: Tensor) -> Iterator[memoryview]:

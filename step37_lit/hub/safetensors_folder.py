@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from step37_lit.errors import ConfigError
 from step37_lit.hub.fields import read_json_object
-from step37_lit.hub.names import HubTensor, Split
-from step37_lit.hub.safetensors_file import Entry, SafetensorsFile
+from step37_lit.hub.names import HubTensor
+from step37_lit.hub.safetensors_file import Cut, Entry, SafetensorsFile
 
 LONGEST_NAME = 255  # characters of a file's name
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -104,12 +105,9 @@ class SafetensorsFolder:
         if found != tensor.shape:
             raise ConfigError(tensor.name, f"shape {tensor.shape}", found, file.file)
 
-    def read(self, name: str, target: Tensor, split: Split | None = None, part: int = 0, parts: int = 1) -> None:
-        """Fills a view with tensor `name`, or with a rank's part of it (`SafetensorsFile.read`)."""
-        if split is None:
-            self._file_of[name].read(name, target)
-        else:
-            self._file_of[name].read(name, target, split.dim, part, parts)
+    def read(self, name: str, target: Tensor, cuts: Sequence[Cut] = ()) -> None:
+        """Fills a view with tensor `name`, or with a part of it (`SafetensorsFile.read`)."""
+        self._file_of[name].read(name, target, cuts)
 
     def __enter__(self) -> Self:
         return self

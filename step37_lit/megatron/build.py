@@ -13,7 +13,7 @@ from step37_lit.megatron.core_attention import AttentionBackend
 from step37_lit.megatron.initialize import initialize_weights, mark_tensor_parallel_weights
 from step37_lit.megatron.layout import ParallelLayout
 from step37_lit.megatron.transformer_config import Step37TransformerConfig, to_megatron
-from step37_lit.model.mtp import mtp_block_spec
+from step37_lit.model.mtp import mtp_layer_specs
 from step37_lit.model.recompute import Recompute
 from step37_lit.model.step37_model import Step37Model
 from step37_lit.model.text_decoder import decoder_block_spec
@@ -87,7 +87,7 @@ def _build(
             pre_process=piece == 0 if pre_process is None else pre_process,
             post_process=piece == layout.pieces - 1 if post_process is None else post_process,
             pg_collection=groups,
-            mtp_block_spec=mtp_block_spec(config, groups, attention_backend),
+            mtp_block_spec=mtp_layer_specs(config, groups, attention_backend),
             vp_stage=vp_stage,
         )
     mark_tensor_parallel_weights(model)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,12 @@ from step37_lit.errors import ConfigError, require
 from step37_lit.megatron import random_state
 from step37_lit.megatron.chunks import chunks_of
 from step37_lit.megatron.layout import ParallelLayout
+from step37_lit.megatron.rank_verdict import Progress
 from step37_lit.megatron.saver import LAST_CHANCE, CheckpointSaver, Job
 from step37_lit.megatron.sharding import MODEL, OPTIMIZER, OwnParts, load_optimizer, load_weights, steps_by_name
 
 TRAINING_FILE, RECIPE_FILE = "training.pt", "recipe.json"
+VALIDATION_DUE = "validation_due"  # an entry of TRAINING_FILE
 
 
 class CheckpointHooks:
@@ -51,8 +53,11 @@ class CheckpointHooks:
 
     layout: ParallelLayout
     lightning_module: Any
+    broadcast: Callable[..., Any]
     optimizers: list[Any]
     verify: VerifyMode
+    progress: Progress
+    owes_validation: Callable[[], bool]
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
@@ -76,7 +81,7 @@ class CheckpointHooks:
 
     def random_states(self) -> dict[str, Any]:
         """Generators of every rank and the layout that they are of; all ranks must call it."""
-        return {"layout": self._described_layout(), "ranks": self.gather_from_all_ranks(random_state.collect())}
+        return {"layout": self.described_layout(), "ranks": self.gather_from_all_ranks(random_state.collect())}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Starts a save in the background while training runs, else saves; all ranks must call it.
@@ -91,6 +96,10 @@ class CheckpointHooks:
         """
         if storage_options is not None:
             raise ConfigError("storage_options", "None (checkpoints are local folders)", storage_options)
+        with self.progress.untimed(f"a save to {filepath}"):
+            self._save(checkpoint, Path(filepath).absolute())
+
+    def _save(self, checkpoint: dict[str, Any], target: Path) -> None:
         trainer: pl.Trainer = self.lightning_module.trainer
         parts = OwnParts(chunks_of(self.lightning_module.model))
         tensors = {MODEL: parts.model(writing=True)}
@@ -100,23 +109,45 @@ class CheckpointHooks:
         whole = "optimizer_states" in checkpoint
         if whole:
             tensors[OPTIMIZER] = parts.optimizer(self.optimizers[0], writing=True)
+            checkpoint[VALIDATION_DUE] = self.owes_validation()
             files[TRAINING_FILE] = _plain_bytes(checkpoint)
-        described = {
-            "kind": "training" if whole else "weights",
-            "step": trainer.global_step,
-            "epoch": trainer.current_epoch,
-            "layout": self._described_layout(),
-            "dtype": str(self.lightning_module.strategy.dtype).removeprefix("torch."),
-        }
-        self.saver.save(Job(Path(filepath).absolute(), tensors, files, described, points=whole))
+        described = self._described("training" if whole else "weights")
+        self.saver.save(Job(target, tensors, files, described, points=whole))
         if trainer.state.fn != TrainerFn.FITTING or trainer.state.status != TrainerStatus.RUNNING:
             self.saver.wait()
+
+    def _described(self, kind: str) -> dict[str, Any]:
+        trainer: pl.Trainer = self.lightning_module.trainer
+        return {
+            "kind": kind,
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "layout": self.described_layout(),
+            "dtype": str(self.lightning_module.strategy.dtype).removeprefix("torch."),
+        }
+
+    def save_weights_of(self, rank: int, filepath: Path) -> None:
+        """Writes the weights as `rank` has them, in a checkpoint of weights; all ranks must call it between two steps.
+
+        Where ranks should have the same part of a weight and do not, `rank`'s is taken.
+
+        Raises:
+            ConfigError: the disk has no room for it, or cannot be written to.
+        """
+        parts = OwnParts(chunks_of(self.lightning_module.model))
+        own = {name: place.replica for name, place in parts.places.items()}
+        writers = self.broadcast(own, src=rank)
+        files = saved_model.description(self.lightning_module.config, None, None)
+        tensors = {MODEL: parts.model(writing=True, writers=writers)}
+        self.saver.save(Job(filepath.absolute(), tensors, files, self._described("weights"), points=False))
+        self.saver.wait()
 
     def remove_checkpoint(self, filepath: Any) -> None:
         if dist.get_rank() == 0:
             self.saver.remove(Path(filepath).absolute())
 
     def on_train_end(self) -> None:
+        self.progress.mark("the end of training", timed=False)
         self.saver.wait()
 
     def on_exception(self, exception: BaseException) -> None:
@@ -124,7 +155,8 @@ class CheckpointHooks:
         if not self.saver.failed:
             self.saver.wait(LAST_CHANCE)
 
-    def _described_layout(self) -> dict[str, Any]:
+    def described_layout(self) -> dict[str, Any]:
+        """Sizes of the parallel groups and of the world, as plain values."""
         plain = dataclasses.asdict(self.layout) | {"world_size": dist.get_world_size()}
         return json.loads(json.dumps(plain))  # as it comes back from a file
 
@@ -132,6 +164,17 @@ class CheckpointHooks:
         values: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
         return values
+
+    def together(self, action: Callable[[], object]) -> None:
+        """Runs `action` on every rank; the first error of any rank is raised on all."""
+        error: Exception | None = None
+        try:
+            action()
+        except Exception as found:
+            error = found
+        for each in self.gather_from_all_ranks(error):
+            if each is not None:
+                raise each
 
     # ---- loading ----
 
@@ -196,7 +239,9 @@ class CheckpointHooks:
         assert self._source is not None
         folder, manifest = self._source
         if manifest.kind == "training":
-            return read_training_state(folder)
+            state = read_training_state(folder)
+            self._validation_due = state.get(VALIDATION_DUE, False)  # checkpoints of earlier versions do not say
+            return state
         return {
             "pytorch-lightning_version": pl.__version__,
             "epoch": manifest.epoch,
@@ -237,7 +282,7 @@ class CheckpointHooks:
 
     def restore_random_state(self, states: dict[str, Any]) -> None:
         """Puts the generators where they were; in another layout they begin anew, as there is no same one."""
-        if states["layout"] == self._described_layout():
+        if states["layout"] == self.described_layout():
             random_state.restore(states["ranks"][dist.get_rank()])
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from step37_lit.errors import require
+from step37_lit.megatron.shares import chunk_borders, chunks_of
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,14 @@ def with_chunks(packed: PackedSeqParams, rank: int, ranks: int) -> ContextSeqPar
     length = borders[-1] // (2 * ranks)
     chunks = tuple(
         _chunk(borders, number * length, (number + 1) * length, packed.cu_seqlens_q.device)
-        for number in (rank, 2 * ranks - 1 - rank)
+        for number in chunks_of(rank, ranks)
     )
     fields = {field.name: getattr(packed, field.name) for field in dataclasses.fields(packed)}
     return ContextSeqParams(**fields, chunks=chunks)
 
 
 def _chunk(borders: list[int], start: int, end: int, device: torch.device) -> Chunk:
-    first_key = max(border for border in borders if border <= start)
-    inner = [border for border in borders if start < border < end]
-    queries, keys = [start, *inner, end], [first_key, *inner, end]
+    queries, keys = chunk_borders(borders, start, end)
 
     def from_zero(places: list[int]) -> tuple[Tensor, int]:
         tensor = torch.tensor([place - places[0] for place in places], dtype=torch.int32, device=device)
@@ -79,7 +78,7 @@ def _chunk(borders: list[int], start: int, end: int, device: torch.device) -> Ch
 
     (cu_q, longest_q), (cu_kv, longest_kv) = from_zero(queries), from_zero(keys)
     lengths = {"max_seqlen_q": longest_q, "max_seqlen_kv": longest_kv}
-    return Chunk(first_key, end, PackedSeqParams("thd", cu_seqlens_q=cu_q, cu_seqlens_kv=cu_kv, **lengths))
+    return Chunk(keys[0], end, PackedSeqParams("thd", cu_seqlens_q=cu_q, cu_seqlens_kv=cu_kv, **lengths))
 
 
 def split_row(row: Tensor, dim: int = 0) -> Tensor:
@@ -97,7 +96,7 @@ def split_row(row: Tensor, dim: int = 0) -> Tensor:
     advice = f"a multiple of {2 * ranks} (2 x strategy.context: each rank has two chunks); pad the packs"
     require(row.shape[dim] % (2 * ranks) == 0, "tokens of a pack", advice, row.shape[dim])
     chunks = row.chunk(2 * ranks, dim)
-    return torch.cat((chunks[rank], chunks[2 * ranks - 1 - rank]), dim)
+    return torch.cat([chunks[number] for number in chunks_of(rank, ranks)], dim)
 
 
 def gather_row(part: Tensor) -> Tensor:

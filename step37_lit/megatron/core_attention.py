@@ -18,6 +18,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
+from step37_lit import determinism
 from step37_lit.errors import require
 from step37_lit.megatron.context import ContextSeqParams, gather_row
 
@@ -25,7 +26,7 @@ AttentionBackend = Literal["auto", "sdpa", "flash"]
 
 
 class CoreAttention(nn.Module):
-    """What both back ends share: context parallelism, and the step of decoding, where every row has one query.
+    """What both back ends share: context parallelism, and the step of decoding, where every row has a few queries.
 
     Args:
         softmax_scale: Factor on the logits.
@@ -61,22 +62,30 @@ class CoreAttention(nn.Module):
         """
         raise NotImplementedError
 
-    def attend_rows(self, query: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-        """One query for each of R rows over C cached positions.
+    def attend_rows(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """One or a few queries for each of R rows over C cached positions.
 
         Args:
-            query: [R, N, D].
+            query: [R, m, N, D].
             keys, values: [R, C, G, D].
-            seen: [R, C] bool, which positions count.
+            mask: [R, m, C], added to the logits.
 
         Returns:
-            [R, N, D].
+            [R, m, N, D].
         """
         # The queries of a group stand where a kernel expects positions, so that no key is copied for them.
-        grouped = query.view(query.shape[0], keys.shape[2], -1, query.shape[2])
-        keys, values, mask = keys.transpose(1, 2), values.transpose(1, 2), seen[:, None, None, :]
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=self.softmax_scale)
-        return out.reshape(query.shape)
+        rows, tokens, heads, _ = query.shape
+        groups = keys.shape[2]
+        grouped = query.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)  # [R, G, N / G, m, D]
+        each = mask[:, None].expand(rows, heads // groups, *mask.shape[1:]).flatten(1, 2)  # no copy where m = 1
+        out = F.scaled_dot_product_attention(
+            grouped.flatten(2, 3),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=each[:, None],
+            scale=self.softmax_scale,
+        )
+        return out.unflatten(2, (-1, tokens)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 class SDPACoreAttention(CoreAttention):
@@ -161,6 +170,7 @@ class FlashCoreAttention(CoreAttention):
             softmax_scale=self.softmax_scale,
             causal=True,  # as here, with fewer queries than keys: the last query sees the last key
             window_size=self.window_size,
+            deterministic=determinism.enabled(),
         )
 
 

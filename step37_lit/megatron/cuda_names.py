@@ -18,6 +18,8 @@ Why each stand-in is there (megatron-core 0.16; `tests/test_cuda_names.py` runs 
   CUDA's default generators directly. (Writing is queued by torch until there is CUDA; the model draws no numbers.)
 * `token_dispatcher.maybe_move_tensor_to_cpu`: splits of an all-to-all must be Python numbers; megatron leaves a CPU
   tensor as it is.
+* `mappings._gather_along_first_dim`: the ranks that share an expert's matrices gather different numbers of tokens,
+  which gloo's all-gather refuses; an all-to-all takes them.
 
 `cpu_for_cuda` is the context for what no attribute can reach: literal `device="cuda"` and `Tensor.type()` in
 megatron's schedules, gradient clipping and optimizer. It is entered around those calls only, so that a user's own
@@ -31,6 +33,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
@@ -66,6 +69,22 @@ def _as_number_or_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool
     return tensor
 
 
+def _gather_along_first_dim(
+    rows: torch.Tensor, group: Any, output_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+) -> torch.Tensor:
+    """megatron's function of this name; a buffer that is kept for the output would save nothing here."""
+    ranks = group.size()
+    if ranks == 1:
+        return rows
+    sizes = [len(rows)] * ranks if output_split_sizes is None else output_split_sizes
+    output = rows.new_empty((sum(sizes), *rows.shape[1:]))
+    if output_split_sizes is None:
+        dist.all_gather_into_tensor(output, rows.contiguous(), group=group)
+    else:
+        dist.all_to_all_single(output, torch.cat([rows] * ranks), sizes, [len(rows)] * ranks, group=group)
+    return output
+
+
 TORCH_CUDA_NAMES: dict[str, Any] = {
     "current_device": lambda: CPU,
     "Stream": _Stream,
@@ -82,10 +101,11 @@ def install() -> None:
     for name, stand_in in TORCH_CUDA_NAMES.items():
         setattr(torch.cuda, name, stand_in)
 
-    from megatron.core.tensor_parallel import random
+    from megatron.core.tensor_parallel import mappings, random
     from megatron.core.transformer.moe import token_dispatcher
 
     random._get_cuda_rng_state = _get_rng_state
+    mappings._gather_along_first_dim = _gather_along_first_dim
     token_dispatcher.maybe_move_tensor_to_cpu = _as_number_or_numpy
 
 

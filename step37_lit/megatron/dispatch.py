@@ -1,7 +1,8 @@
 """From tokens to the experts that their router chose, where one rank has all experts and all of its tokens.
 
-megatron's all-to-all dispatcher does the same for any number of ranks; between no ranks it still sorts, splits and
-exchanges, which costs more than the experts of a step of decoding.
+megatron's all-to-all dispatcher does the same for any number of ranks: an all-to-all over the experts' ranks, an
+all-gather over the expert-tensor ranks that share an expert's matrices, and back by reduce-scatter and all-to-all.
+Between no ranks it still sorts, splits and exchanges, which costs more than the experts of a step of decoding.
 
 T = tokens, H = hidden, E = experts, n = tokens x experts that each was sent to.
 """
@@ -18,16 +19,25 @@ from torch import Tensor
 class MixtureOfExperts(MoELayer):
     """megatron's layer, whose tokens stay where they are if no other rank shares the experts.
 
-    Without sequence parallelism all tensor ranks send the same tokens to the experts: the result is right, and the
-    experts' gradients are this many times too large (`data_parallel.wrap` divides them).
+    Without sequence parallelism all tensor ranks send the same tokens to the experts (and expert-tensor ranks gather
+    each as often): the result is right, and the experts' gradients are this many times too large (`data_parallel.wrap`
+    divides them).
     """
 
     def __init__(self, config: TransformerConfig, submodules: MoESubmodules, pg_collection: ProcessGroupCollection):
         super().__init__(config=config, submodules=submodules, pg_collection=pg_collection)
-        # Only read where megatron refuses to train so, for the sake of speed; experts have tensor groups of one rank.
-        self.attn_tp_group = pg_collection.expt_tp
+        if not config.sequence_parallel:
+            # Only its size is read, where megatron refuses to train so for the sake of speed.
+            self.attn_tp_group = _OneRank()
         if pg_collection.tp_ep.size() == 1:
             self.token_dispatcher = LocalTokenDispatcher(config, pg_collection)
+
+
+class _OneRank:
+    """Stands in for a process group."""
+
+    def size(self) -> int:
+        return 1
 
 
 class LocalTokenDispatcher(MoETokenDispatcher):

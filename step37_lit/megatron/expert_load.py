@@ -64,16 +64,17 @@ class ExpertLoadRecording:
         """Every layer's load after the step, the same on every rank; all ranks must call it."""
         layers = self._text.moe_layers
         device = next(self._model.parameters()).device
-        # Ranks see different tokens (data, experts, parts of a sequence) or hold different layers: a sum is right.
-        # A bias is the same on all ranks of a stage, and one of them gives it.
+        # Ranks see different tokens (data, experts, parts of a sequence) or hold different layers: a sum is right. But
+        # without sequence parallelism tensor ranks see the same, and one of them counts. A bias is the same on all
+        # ranks of a stage, and one of them gives it.
         table = torch.zeros(2, len(layers), self._text.num_experts, dtype=torch.float64, device=device)
-        gives_bias = (
-            parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-            and parallel_state.get_tensor_model_parallel_rank() == 0
-        )
+        first = parallel_state.get_tensor_model_parallel_rank() == 0
+        counts = first or self._model.config.sequence_parallel
+        gives_bias = first and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
         for layer, router in self._routers().items():
             row = layers.index(layer)
-            table[0, row] = self._counts[layer]
+            if counts:
+                table[0, row] = self._counts[layer]
             if gives_bias:
                 table[1, row] = router.expert_bias
         dist.all_reduce(table)

@@ -6,7 +6,7 @@ choose the next token itself. R = rows, V = vocabulary, T = tokens of a pack, H 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from step37_lit.batch import ImageForInsert, PackedBatch
 from step37_lit.errors import require
 from step37_lit.megatron.chunks import ModelChunks, chunks_of
 from step37_lit.megatron.matmul import PACKED_ROWS, grouped_matmul_of, matmul_of
+from step37_lit.model.drafts import Drafts
 from step37_lit.model.experts import GroupedExperts
 from step37_lit.model.kv_cache import KVCache
 from step37_lit.model.step37_model import Step37Model
@@ -58,7 +59,7 @@ def inference_mode(model: Step37Model | ModelChunks, rows: int = 1) -> Iterator[
         for owner, name, value in changes:
             stack.enter_context(_attribute(owner, name, value))
         stack.callback(model.train, training)
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.inference_mode())
         model.eval()
         yield
 
@@ -81,48 +82,101 @@ class RowDecoder:
 
     Args:
         model: This rank's part.
-        capacity: Tokens of the longest row, prompt and continuation together.
+        capacity: Tokens of the longest row, prompt and continuation together, drafts included.
+        drafts: Tokens that the MTP layers draft for each row and step, at most the layers that are built.
     """
 
-    def __init__(self, model: Step37Model | ModelChunks, capacity: int):
+    def __init__(self, model: Step37Model | ModelChunks, capacity: int, drafts: int = 0):
         self.config = model.config
-        self.chunks = [(chunk, KVCache(capacity)) for chunk in chunks_of(model)]
+        self.num_drafts = drafts
+        self.chunks = [(chunk, KVCache(capacity, pass_tokens=drafts + 1)) for chunk in chunks_of(model)]
+        last = self.chunks[-1][0]
+        self.drafts = Drafts(last.mtp, last.step37, drafts, capacity) if drafts and last.post_process else None
 
     def prefill(self, prompts: PackedBatch) -> Tensor:
         """The prompts of a pack without padding, a row each: fp32 [R, V]."""
         return self._forward(**prompts.model_inputs(labels=False))
 
     def step(self, tokens: Tensor) -> Tensor:
-        """One more token for each row, int64 [R]: fp32 [R, V]."""
-        borders = torch.arange(len(tokens) + 1, dtype=torch.int32, device=tokens.device)
-        return self._forward(input_ids=tokens[None], cu_seqlens=borders)
+        """A few more tokens for each row, int64 [R, m]: fp32 [R, m, V], what follows each of them."""
+        rows, count = tokens.shape
+        borders = torch.arange(rows + 1, dtype=torch.int32, device=tokens.device) * count
+        return self._forward(input_ids=tokens.reshape(1, -1), cu_seqlens=borders).view(rows, count, -1)
+
+    def draft(self, tokens: Tensor) -> Tensor:
+        """What probably follows the tokens that were chosen for each row and are not in it yet.
+
+        Args:
+            tokens: int64 [R].
+
+        Returns:
+            int64 [R, drafts].
+        """
+        found = [tokens]
+        if self.drafts is not None:
+            self.drafts.begin()
+        for layer in range(self.num_drafts):
+            embeddings = self._embed(found[-1])
+            drafted = torch.empty_like(tokens) if self.drafts is None else self.drafts.next(layer, embeddings)
+            found.append(_from_stage(drafted, parallel_state.get_pipeline_model_parallel_last_rank))
+        if self.drafts is not None:
+            self.drafts.end()
+        return torch.stack(found, dim=1)[:, 1:]
 
     def select(self, rows: Tensor) -> None:
         """Goes on with these rows, int64 [any]; see `KVCache.select`."""
-        for _, cache in self.chunks:
-            cache.select(rows)
+        for part in self._parts():
+            part.select(rows)
+
+    def take_back(self, counts: Tensor) -> None:
+        """Forgets the last tokens of each row, int64 [R] on the CPU; once behind each step with drafts."""
+        for part in self._parts():
+            part.take_back(counts)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """[R] -> [R, 1, H] on all stages; only the first one has the embedding."""
+        first = self.chunks[0][0]
+        if first.pre_process:
+            embeddings = first.embedding(input_ids=tokens[None], position_ids=None)
+        else:
+            shape = (len(tokens), 1, self.config.hidden_size)
+            embeddings = torch.empty(shape, dtype=self.config.params_dtype, device=tokens.device)
+        return _from_stage(embeddings, parallel_state.get_pipeline_model_parallel_first_rank)
+
+    def _parts(self) -> list[KVCache | Drafts]:
+        return [cache for _, cache in self.chunks] + ([] if self.drafts is None else [self.drafts])
 
     def _forward(self, input_ids: Tensor, images: list[ImageForInsert] | None = None, **inputs: object) -> Tensor:
         # Virtual stage by virtual stage: the last rank hands what it has to the first one's next chunk.
+        with_mtp = self.num_drafts > 0
         for model, cache in self.chunks:
             if not model.pre_process:
-                shape = (input_ids.shape[1], 1, self.config.hidden_size)
-                hidden = torch.empty(shape, dtype=self.config.params_dtype, device=input_ids.device)
+                tokens = input_ids.shape[1] * (2 if with_mtp else 1)  # the embeddings come behind
+                hidden = torch.empty(
+                    tokens, 1, self.config.hidden_size, dtype=self.config.params_dtype, device=input_ids.device
+                )
                 dist.recv(hidden, src=parallel_state.get_pipeline_model_parallel_prev_rank())
                 model.set_input_tensor(hidden)
             own = images if model.pre_process else []
-            context = {"inference_context": cache, "runtime_gather_output": True}
+            context = {"inference_context": cache, "runtime_gather_output": True, "with_mtp": with_mtp}
             out = model(input_ids=input_ids, images=own, **context, **inputs)
             if not model.post_process:
                 dist.send(out.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank())
-        if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-            return out[0].float()
-        logits = out.new_empty((cache.num_rows, self.config.step37.text.vocab_size), dtype=torch.float32)
+        if self.drafts is not None:
+            assert cache.mtp_inputs is not None, "a pass without the inputs of the MTP layers"
+            self.drafts.keep(*cache.mtp_inputs)
         if model.post_process:
-            logits.copy_(out[0])
-        last = parallel_state.get_pipeline_model_parallel_last_rank()
-        dist.broadcast(logits, src=last, group=parallel_state.get_pipeline_model_parallel_group())
-        return logits
+            logits = out[0].float()
+        else:
+            logits = out.new_empty(cache.num_answers, self.config.step37.text.vocab_size, dtype=torch.float32)
+        return _from_stage(logits, parallel_state.get_pipeline_model_parallel_last_rank)
+
+
+def _from_stage(values: Tensor, rank_of_source: Callable[[], int]) -> Tensor:
+    """The source stage's values on all stages, where the others have room for them."""
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        dist.broadcast(values, src=rank_of_source(), group=parallel_state.get_pipeline_model_parallel_group())
+    return values
 
 
 def any_expert_rank(flag: bool) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
@@ -17,6 +18,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor, nn
 
+from step37_lit.errors import require
 from step37_lit.model.experts import GroupedExperts
 from step37_lit.model.mtp import EmbeddingHiddenProjection
 from step37_lit.model.step37_model import Step37Model
@@ -25,13 +27,14 @@ from step37_lit.model.step37_model import Step37Model
 def mark_tensor_parallel_weights(model: nn.Module) -> None:
     """Sets megatron's attributes on split weights: clipping counts them on every rank, others on the first only.
 
-    megatron sets them while it initialises weights, which this project does itself.
+    megatron sets them while it initialises weights, which this project does itself; newer versions in any case.
     """
     for module in model.modules():
-        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=0, stride=1)
-        elif isinstance(module, RowParallelLinear):
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=1, stride=1)
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear)):
+            dim = 1 if isinstance(module, RowParallelLinear) else 0
+            if not hasattr(module.weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
+            require(module.weight.partition_dim == dim, "megatron's partition_dim", dim, module.weight.partition_dim)
     for module in model.modules():
         if isinstance(module, MLP):  # linear_fc1 holds [gate; up], and a rank its rows of both
             module.linear_fc1.weight.partition_stride = 2
@@ -77,29 +80,35 @@ def _generator(name: str, seed: int, device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+def _normal(shape: Sequence[int], name: str, std: float, seed: int, device: torch.device) -> Tensor:
+    drawn = torch.empty(shape, dtype=torch.float32, device=device)
+    return drawn.normal_(0.0, std, generator=_generator(name, seed, device))
+
+
 def _draw(weight: Tensor, name: str, std: float, seed: int) -> None:
-    full = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    weight.copy_(full.normal_(0.0, std, generator=_generator(name, seed, weight.device)))
+    weight.copy_(_normal(weight.shape, name, std, seed, weight.device))
 
 
 def _draw_split(module: nn.Module, name: str, std: float, seed: int) -> None:
     weight, ranks, rank = module.weight, get_pg_size(module.tp_group), get_pg_rank(module.tp_group)
-    dim = weight.partition_dim
     shape = list(weight.shape)
-    shape[dim] *= ranks
-    full = torch.empty(shape, dtype=torch.float32, device=weight.device)
-    full.normal_(0.0, std, generator=_generator(name, seed, weight.device))
-    weight.copy_(tensor_share(weight, full, ranks, rank))
+    shape[weight.partition_dim] *= ranks
+    weight.copy_(tensor_share(weight, _normal(shape, name, std, seed, weight.device), ranks, rank))
 
 
 def tensor_share(weight: nn.Parameter, full: Tensor, ranks: int, rank: int) -> Tensor:
-    """What one of the tensor ranks has of a split weight; `weight` carries how it is split."""
+    """What one of the tensor ranks (of experts: expert-tensor ranks) has of a split weight; `weight` carries how it is
+    split."""
     blocks = full.chunk(weight.partition_stride, dim=weight.partition_dim)
     shares = [block.chunk(ranks, dim=weight.partition_dim)[rank] for block in blocks]
     return torch.cat(shares, dim=weight.partition_dim)
 
 
 def _draw_experts(module: GroupedExperts, name: str, std: float, residual_std: float, seed: int) -> None:
-    for local, expert in enumerate(module.expert_indices):
-        _draw(module.weight1[local], f"{name}.weight1.{expert}", std, seed)
-        _draw(module.weight2[local], f"{name}.weight2.{expert}", residual_std, seed)
+    ranks, rank = get_pg_size(module.tp_group), get_pg_rank(module.tp_group)
+    for weight, suffix, own_std in ((module.weight1, "weight1", std), (module.weight2, "weight2", residual_std)):
+        shape = [1, *weight.shape[1:]]
+        shape[weight.partition_dim] *= ranks
+        for local, expert in enumerate(module.expert_indices):
+            full = _normal(shape, f"{name}.{suffix}.{expert}", own_std, seed, weight.device)
+            weight[local].copy_(tensor_share(weight, full, ranks, rank)[0])

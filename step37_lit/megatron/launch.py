@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from step37_lit import __version__
 from step37_lit.errors import UserError
+from step37_lit.megatron.rank_verdict import ranks_text
 
 PROJECT_PACKAGES = ["step37_lit", "datamodules", "callbacks"]
 LIBRARIES = ("torch", "lightning", "megatron-core")
@@ -156,7 +157,7 @@ def _verdict(present: Mapping[int, tuple[str, Mapping[str, str]]], world_size: i
     """Empty, or what is wrong with which ranks. What most ranks have counts as right; rank 0's where it is a tie."""
     missing = [rank for rank in range(world_size) if rank not in present]
     if missing:
-        return f"expected all {world_size} ranks within {timeout:g} s, nothing from {_ranks(missing)}"
+        return f"expected all {world_size} ranks within {timeout:g} s, nothing from {ranks_text(missing)}"
     marks = {rank: json.dumps(fields, sort_keys=True) for rank, (_, fields) in present.items()}
     usual = Counter(marks.values()).most_common(1)[0][0]  # of equal counts the first one: rank 0 was put in first
     others = [rank for rank, mark in marks.items() if mark != usual]
@@ -168,15 +169,9 @@ def _verdict(present: Mapping[int, tuple[str, Mapping[str, str]]], world_size: i
     names = [name for name in sorted(right.keys() | fields.keys()) if right.get(name) != fields.get(name)]
     differences = [f"{name} {fields.get(name, 'absent')} (others {right.get(name, 'absent')})" for name in names]
     shown = ", ".join(differences[:3]) + (f" and {len(names) - 3} fields more" if len(names) > 3 else "")
-    more = f"; {_ranks(rest)} differ, too" if rest else ""
+    more = f"; {ranks_text(rest)} differ, too" if rest else ""
     expected = f"expected the same recipe and code on all {world_size} ranks"
     return f"{expected}, rank {first} on {host} has {shown}{more}"
-
-
-def _ranks(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8]))
-    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
 
 
 def _leaves(name: str, value: Any) -> Iterable[tuple[str, str]]:

@@ -21,6 +21,7 @@ class ParallelLayout:
             the (v x pipeline + p)-th piece of the decoder.
         pipeline_layout: Decoder layers of each piece, in the model's order; None splits them evenly.
         expert: Ranks that share the routed experts.
+        expert_tensor: Ranks that share each routed expert's matrices: 1, or as many as `tensor`.
         context: Ranks that share each pack's row.
         sequence_parallel: Split the residual stream over the tensor ranks between matrices.
     """
@@ -30,6 +31,7 @@ class ParallelLayout:
     virtual_pipeline: int | None = None
     pipeline_layout: Sequence[int] | None = None
     expert: int = 1
+    expert_tensor: int = 1
     context: int = 1
     sequence_parallel: bool = False
 
@@ -98,7 +100,7 @@ class ParallelLayout:
         Raises:
             ConfigError: a size does not divide what it splits; names the field with both numbers.
         """
-        for name in ("tensor", "pipeline", "expert", "context"):
+        for name in ("tensor", "pipeline", "expert", "expert_tensor", "context"):
             require(getattr(self, name) >= 1, f"strategy.{name}", "1 or more", getattr(self, name))
         size = self.model_parallel_size
         require(
@@ -111,25 +113,32 @@ class ParallelLayout:
         for field_name in ("num_heads", "num_sliding_heads", "num_kv_groups", "vocab_size", "ffn_hidden_size"):
             self._check_divides("tensor", self.tensor, f"text.{field_name}", getattr(text, field_name))
         self._check_pieces(text.num_layers)
-        if text.moe_layers:
-            self._check_divides("expert", self.expert, "text.num_experts", text.num_experts)
-            self._check_divides("tensor", self.tensor, "text.shared_expert_ffn_size", text.shared_expert_ffn_size)
-        else:
-            require(self.expert == 1, "strategy.expert", "1 (the model has no experts)", self.expert)
-        ranks_of_stage = world_size // self.pipeline
-        nearest = _nearest_divisor(ranks_of_stage, self.expert)
-        require(
-            ranks_of_stage % self.expert == 0,
-            "strategy.expert",
-            f"a divisor of the {ranks_of_stage} processes of a pipeline stage (nearest: {nearest})",
-            self.expert,
-        )
+        self._check_experts(config, world_size // self.pipeline)
         require(
             not self.sequence_parallel or self.tensor > 1,
             "strategy.sequence_parallel",
             "false with strategy.tensor 1",
             self.sequence_parallel,
         )
+
+    def _check_experts(self, config: Step37Config, ranks_of_stage: int) -> None:
+        text = config.text
+        if not text.moe_layers:
+            for name in ("expert", "expert_tensor"):
+                require(
+                    getattr(self, name) == 1, f"strategy.{name}", "1 (the model has no experts)", getattr(self, name)
+                )
+            return
+        self._check_divides("expert", self.expert, "text.num_experts", text.num_experts)
+        self._check_divides("tensor", self.tensor, "text.shared_expert_ffn_size", text.shared_expert_ffn_size)
+        sizes = "1" if self.tensor == 1 else f"1 or {self.tensor} (strategy.tensor)"
+        require(self.expert_tensor in (1, self.tensor), "strategy.expert_tensor", sizes, self.expert_tensor)
+        self._check_divides("expert_tensor", self.expert_tensor, "text.expert_ffn_size", text.expert_ffn_size)
+        groups = ranks_of_stage // self.expert_tensor  # tensor divides the ranks of a stage
+        split = "" if self.expert_tensor == 1 else f" / expert_tensor {self.expert_tensor}"
+        nearest = _nearest_divisor(groups, self.expert)
+        advice = f"a divisor of the {ranks_of_stage} processes of a pipeline stage{split} (nearest: {nearest})"
+        require(groups % self.expert == 0, "strategy.expert", advice, self.expert)
 
     def _check_pieces(self, num_layers: int) -> None:
         virtual, pieces = self.virtual_pipeline, self.pieces

@@ -14,6 +14,8 @@ from torch import Tensor
 
 # Laying out costs as much as a few steps, and a single row is slower by it (benchmarks/LOG.md).
 PACKED_ROWS = 8
+# A smaller matrix stays in the processor's own cache, and a call of the packed kernel costs more.
+PACKED_SIZE = 200_000
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
@@ -27,10 +29,10 @@ def matmul_of(weight: Tensor, packed: bool) -> Callable[..., Tensor]:
 
     Args:
         weight: [O, I]; the function may keep a copy.
-        packed: Lay the weight out in oneDNN's blocks where it is fp32 on a CPU.
+        packed: Lay a large weight out in oneDNN's blocks where it is fp32 on a CPU.
     """
     weight = weight.detach()
-    if not (packed and _can_pack(weight)):
+    if not (packed and _can_pack(weight) and weight.numel() >= PACKED_SIZE):
         return lambda input, **unused: F.linear(input, weight)
     blocks = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
 
@@ -41,7 +43,7 @@ def matmul_of(weight: Tensor, packed: bool) -> Callable[..., Tensor]:
 
 
 def grouped_matmul_of(*weights: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """`grouped_matmul` for these weights [E, O, I], packed where they can be."""
+    """`grouped_matmul` for these weights [E, O, I]; on a CPU in fp32 matrix by matrix, large ones packed."""
     if not all(_can_pack(weight) for weight in weights):
         return grouped_matmul
     blocks = {id(weight): [matmul_of(matrix, packed=True) for matrix in weight] for weight in weights}

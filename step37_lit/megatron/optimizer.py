@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from torch import Tensor, nn
 
@@ -145,6 +146,8 @@ class ForwardingOptimizer(torch.optim.Optimizer):
         with cuda_names.cpu_for_cuda():
             self.megatron = get_megatron_optimizer(config, list(ddps), _overrides(settings, ddps, part_of or {}))
         self.grad_norm: float | None = None
+        # Asked with the gradient norm over all ranks whether to step; the same answer on all of them, or an exception.
+        self.admits: Callable[[float], bool] = lambda grad_norm: True
         self._ddps, self._part_of = list(ddps), part_of
         self._training: frozenset[str] | None = None  # parts; None before the first `train_parts`
         super().__init__([{"params": []}], {})
@@ -165,14 +168,27 @@ class ForwardingOptimizer(torch.optim.Optimizer):
         return [optimizer.optimizer for optimizer in chained if optimizer.optimizer is not None]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Runs the closure (Lightning's forward and backward), then clips and updates."""
+        """Runs the closure (Lightning's forward and backward), then clips and updates where `admits` says so."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with cuda_names.cpu_for_cuda():
-            _, self.grad_norm, _ = self.megatron.step()
+            self.megatron.prepare_grads()
+            self.grad_norm = self.megatron.get_grad_norm()
+        if self.admits(self.grad_norm):
+            with cuda_names.cpu_for_cuda():
+                self._clip_and_update()
         return loss
+
+    def _clip_and_update(self) -> None:
+        """The rest of megatron's own `step`, which does not stop between the norm and the update."""
+        clip_grad = self.megatron.config.clip_grad
+        for optimizer in self.megatron.chained_optimizers:
+            parameters = optimizer.get_parameters()
+            if parameters and clip_grad > 0.0:
+                clip_grad_by_total_norm_fp32(parameters, clip_grad, self.grad_norm)
+        self.megatron.step_with_ready_grads()
 
     def train_parts(self, factors: Mapping[str, float], rates: Sequence[float]) -> None:
         """Sets what trains from the next step on, and how fast.

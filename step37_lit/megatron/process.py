@@ -37,8 +37,7 @@ def initialize(layout: ParallelLayout | None = None, seed: int = 0) -> None:
             virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
             context_parallel_size=layout.context,
             expert_model_parallel_size=layout.expert,
-            # Experts are not split over tensor ranks: their weights then only need the expert data-parallel group.
-            expert_tensor_parallel_size=1,
+            expert_tensor_parallel_size=layout.expert_tensor,
         )
         model_parallel_cuda_manual_seed(seed)
 
@@ -65,6 +64,7 @@ def _check_same(layout: ParallelLayout) -> None:
         "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
         "virtual_pipeline": parallel_state.get_virtual_pipeline_model_parallel_world_size(),
         "expert": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor": parallel_state.get_expert_tensor_parallel_world_size(),
         "context": parallel_state.get_context_parallel_world_size(),
     }
     wanted = {name: getattr(layout, name) for name in found}

@@ -20,8 +20,10 @@ class RankPart(NamedTuple):
 
 
 def parts(chunk: Step37Model) -> dict[str, RankPart]:
-    """This rank's place among the ranks that share a matrix (`tensor`) and those that share experts (`expert`)."""
-    groups = {"tensor": chunk.pg_collection.tp, "expert": chunk.pg_collection.ep}
+    """This rank's place among the ranks that share a matrix (`tensor`), the experts (`expert`) and the matrices of an
+    expert (`expert_tensor`)."""
+    collection = chunk.pg_collection
+    groups = {"tensor": collection.tp, "expert": collection.ep, "expert_tensor": collection.expt_tp}
     return {name: RankPart(get_pg_rank(group), get_pg_size(group)) for name, group in groups.items()}
 
 

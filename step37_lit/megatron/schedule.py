@@ -23,7 +23,9 @@ from step37_lit.batch import PackedBatch
 from step37_lit.errors import require
 from step37_lit.megatron import cuda_names
 from step37_lit.megatron.context import gather_row, split_row
+from step37_lit.megatron.finite import StepWatch
 from step37_lit.model.packing import following
+from step37_lit.signals import Stop
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class StepResult:
         tokens: Tokens of the samples, without padding.
         row_tokens: Tokens of the packs, with padding.
         images: Images of all sizes.
-        stop: Whether any rank asked to end training.
+        stop: Whether and why any rank asked to end training.
+        finite: Whether all that the ranks' `watch` saw is finite.
     """
 
     loss: Tensor
@@ -46,7 +49,8 @@ class StepResult:
     tokens: int
     row_tokens: int
     images: int
-    stop: bool
+    stop: Stop
+    finite: bool
 
 
 def run_schedule(
@@ -91,20 +95,35 @@ def run_schedule(
         )
 
 
-def train_step(chunks: Sequence[nn.Module], microbatches: Sequence[PackedBatch], stop: bool = False) -> StepResult:
+def train_step(
+    chunks: Sequence[nn.Module],
+    microbatches: Sequence[PackedBatch],
+    stop: Stop = Stop.NONE,
+    watch: StepWatch | None = None,
+) -> StepResult:
     """Forward and backward of a global step; gradients end up in megatron's buffers, reduced and normalised.
 
     Args:
         chunks: megatron's DDP around each chunk of this rank's stage (`data_parallel.wrap`).
         microbatches: This data-parallel rank's packs.
         stop: This rank asks to end training; the answer of all ranks travels with the counts, so all end together.
+        watch: Sees the step; its answer travels with the counts too.
     """
     config: Any = chunks[0].config
     text = config.step37.text
     layers = text.num_built_mtp_layers
-    weights = _loss_weights(microbatches, layers, text.mtp_loss_weight)
-    sums = run_schedule(chunks, microbatches, _losses, partial(_loss_sum, weights), forward_only=False)
-    counts = torch.zeros(4, dtype=torch.float64, device=microbatches[0].input_ids.device)
+    weights = loss_weights(microbatches, layers, text.mtp_loss_weight)
+
+    def forward(model: nn.Module, pack: PackedBatch) -> Tensor:
+        output = model(**pack.model_inputs(), with_mtp=True)
+        if watch is not None:
+            watch.see_output(model, output)
+        return output
+
+    if watch is not None:
+        watch.begin()
+    sums = run_schedule(chunks, microbatches, forward, partial(loss_sum, weights), forward_only=False)
+    counts = torch.zeros(4 + len(Stop), dtype=torch.float64, device=microbatches[0].input_ids.device)
     heads = torch.zeros(2, 1 + layers, dtype=torch.float64, device=counts.device)  # sums of the losses, tokens
     if sums and parallel_state.get_tensor_model_parallel_rank() == 0:  # tensor ranks have the same losses
         heads = torch.stack([torch.stack(of_pack) for of_pack in sums]).double().sum(0)
@@ -112,15 +131,20 @@ def train_step(chunks: Sequence[nn.Module], microbatches: Sequence[PackedBatch],
         counts[0] = sum(pack.num_tokens for pack in microbatches)
         counts[1] = sum(pack.input_ids.numel() for pack in microbatches)
         counts[2] = sum(pack.num_images for pack in microbatches)
-    counts[3] = float(stop)
+    if watch is not None:
+        counts[3] = watch.end(sums)
+    counts[4 + stop] = 1.0
     if dist.get_world_size() > 1:
-        counts = torch.cat((counts, heads.flatten()))
-        dist.all_reduce(counts)
-        heads = counts[4:].view_as(heads)
-    tokens, row_tokens, images, stops, learnt = (*counts[:4].tolist(), int(heads[1, 0]))
+        flat = torch.cat((counts, heads.flatten()))
+        dist.all_reduce(flat)
+        counts, heads = flat[: len(counts)], flat[len(counts) :].view_as(heads)
+    tokens, row_tokens, images, wrong, *stops = counts.tolist()
+    learnt = int(heads[1, 0])
     require(learnt > 0, "loss_mask of the global batch", "at least one learnt token", 0)
     means = heads[0] / heads[1]
-    return StepResult(means[0], means[1:], learnt, int(tokens), int(row_tokens), int(images), stops > 0)
+    asked = max(reason for reason, ranks in zip(Stop, stops, strict=True) if ranks)
+    numbers = (learnt, int(tokens), int(row_tokens), int(images))
+    return StepResult(means[0], means[1:], *numbers, asked, wrong == 0)
 
 
 def evaluate_step(
@@ -135,7 +159,7 @@ def evaluate_step(
     return run_schedule(chunks, microbatches, _logits, _loss_and_argmax, forward_only=True)
 
 
-def _loss_weights(microbatches: Sequence[PackedBatch], layers: int, mtp_loss_weight: float) -> Tensor:
+def loss_weights(microbatches: Sequence[PackedBatch], layers: int, mtp_loss_weight: float) -> Tensor:
     """[1 + layers] fp32: what the sum of each head's losses counts in the sum that is differentiated.
 
     megatron divides that sum by the learnt tokens of the main head, so an MTP layer's is scaled to its own, which are
@@ -159,11 +183,9 @@ def _learnt(pack: PackedBatch, layers: int) -> Tensor:
     return torch.stack(masks)
 
 
-def _losses(model: nn.Module, pack: PackedBatch) -> Tensor:
-    return model(**pack.model_inputs(), with_mtp=True)
-
-
-def _loss_sum(weights: Tensor, pack: PackedBatch, losses: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+def loss_sum(weights: Tensor, pack: PackedBatch, losses: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """What the model's losses [1 + layers, T] of a pack come to: the scalar that is differentiated, the learnt tokens
+    of the main head (int32), and for each head the sum of its losses and its tokens."""
     learnt = split_row(_learnt(pack, len(losses) - 1), dim=1)
     totals, tokens = (losses * learnt).sum(1), learnt.sum(1)
     return (totals * weights).sum(), tokens[0].to(torch.int32), (totals.detach(), tokens)

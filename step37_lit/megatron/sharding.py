@@ -78,37 +78,45 @@ def place(name: str, weight: Tensor, shape: Shape) -> Placement:
         RuntimeError: the weight is split in a way that its marks do not tell.
     """
     own: Shape = tuple(weight.shape)
-    tensor_rank = parallel_state.get_tensor_model_parallel_rank()
-    tensor_size = parallel_state.get_tensor_model_parallel_world_size()
-    data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    data_size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     marks: Any = weight
-    origin = (0,) * len(own)
     if not getattr(weight, "allreduce", True):  # megatron's mark of routed experts
-        first = parallel_state.get_expert_model_parallel_rank() * own[0]
-        fits = own[1:] == shape[1:] and own[0] * parallel_state.get_expert_model_parallel_world_size() == shape[0]
-        blocks: list[tuple[Box, Shape]] = [(Box(origin, own), (first, *origin[1:]))]
+        ranks = parallel_state.get_expert_tensor_parallel_world_size()
+        blocks = _blocks(own, marks, parallel_state.get_expert_tensor_parallel_rank(), ranks)
+        first = (parallel_state.get_expert_model_parallel_rank() * own[0], *(0 for _ in own[1:]))
+        blocks = [(box, tuple(map(sum, zip(by, first, strict=True)))) for box, by in blocks]
+        split = {0: parallel_state.get_expert_model_parallel_world_size(), marks.partition_dim: ranks}
         replica = parallel_state.get_expert_data_parallel_rank()
         replicas = parallel_state.get_expert_data_parallel_world_size()
-    elif own == shape:
-        fits, blocks = True, [(Box(origin, own), origin)]
-        split = tensor_size > 1 and getattr(weight, "tensor_model_parallel", False)
-        if split:
-            raise RuntimeError(f"{name}: marked as split over {tensor_size} tensor ranks, but whole: {own}")
-        replica, replicas = tensor_rank * data_size + data_rank, tensor_size * data_size
     else:
-        dim, stride = marks.partition_dim, marks.partition_stride
-        fits = (*own[:dim], own[dim] * tensor_size, *own[dim + 1 :]) == shape
-        rows = own[dim] // stride  # of a block: linear_fc1 has two, of gate and of up
-        blocks = []
-        for number in range(stride):
-            box = Box((*origin[:dim], number * rows, *origin[dim + 1 :]), (*own[:dim], rows, *own[dim + 1 :]))
-            moved = number * rows * (tensor_size - 1) + tensor_rank * rows
-            blocks.append((box, (*origin[:dim], moved, *origin[dim + 1 :])))
-        replica, replicas = data_rank, data_size
-    if not fits:
-        raise RuntimeError(f"{name}: {own} on rank {dist.get_rank()} is no part of {shape}")
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+        if getattr(weight, "tensor_model_parallel", False):
+            blocks, split = _blocks(own, marks, rank, ranks), {marks.partition_dim: ranks}
+        else:
+            origin = (0,) * len(own)
+            blocks, split = [(Box(origin, own), origin)], {}
+            replica, replicas = rank * replicas + replica, ranks * replicas
+    if tuple(size * split.get(dim, 1) for dim, size in enumerate(own)) != shape:
+        found = f"{own} on rank {dist.get_rank()}, marked as split by {split} (dimension: ranks)"
+        raise RuntimeError(f"{name}: {found}, is no part of {shape}")
     return Placement(shape, tuple(blocks), replica, replicas)
+
+
+def _blocks(own: Shape, marks: Any, rank: int, ranks: int) -> list[tuple[Box, Shape]]:
+    """Boxes of a weight of shape `own` that ranks share as its marks tell, and how far each is moved in the whole."""
+    dim, number_of_blocks = marks.partition_dim, marks.partition_stride if ranks > 1 else 1
+    rows = own[dim] // number_of_blocks  # two blocks where gate and up are one matrix
+
+    def along_dim(value: int, others: Shape) -> Shape:
+        return (*others[:dim], value, *others[dim + 1 :])
+
+    origin, blocks = (0,) * len(own), []
+    for number in range(number_of_blocks):
+        box = Box(along_dim(number * rows, origin), along_dim(rows, own))
+        blocks.append((box, along_dim(number * rows * (ranks - 1) + rank * rows, origin)))
+    return blocks
 
 
 def boxes_of_range(shape: Shape, start: int, end: int) -> Iterator[tuple[Box, int]]:
@@ -154,9 +162,14 @@ class OwnParts:
             raise RuntimeError(f"weights that the name table does not know: {unknown}")
         self.places = {name: place(name, weight, shapes[name]) for name, weight in self.weights.items()}
 
-    def model(self, writing: bool = False) -> dict[str, Sharded]:
-        """The weights; for writing only those that no other rank with the same part writes."""
-        names = self._share_of_writing() if writing else list(self.weights)
+    def model(self, writing: bool = False, writers: Mapping[str, int] | None = None) -> dict[str, Sharded]:
+        """The weights; for writing only those that no other rank with the same part writes.
+
+        Args:
+            writing: Whether they are to be written, and not read.
+            writers: Number of the replica that writes a weight, by name; others are shared out.
+        """
+        names = self._share_of_writing(writers or {}) if writing else list(self.weights)
         return {name: self._whole(name) for name in names}
 
     def optimizer(self, optimizer: ForwardingOptimizer, writing: bool = False) -> dict[str, Sharded]:
@@ -195,14 +208,14 @@ class OwnParts:
                     inside = Box(tuple(a - b for a, b in zip(common.start, box.start, strict=True)), common.shape)
                     yield Part.of(_view(numbers, inside), common.moved(by))
 
-    def _share_of_writing(self) -> list[str]:
+    def _share_of_writing(self, writers: Mapping[str, int]) -> list[str]:
         """Names of the weights that this rank writes: each to the replica that has the least to write so far."""
         share: list[str] = []
         loads: dict[int, list[int]] = {}
         for name in sorted(self.weights, key=lambda name: (-self.weights[name].nbytes, name)):
             place = self.places[name]
             load = loads.setdefault(place.replicas, [0] * place.replicas)
-            writer = load.index(min(load))
+            writer = writers[name] if name in writers else load.index(min(load))
             load[writer] += self.weights[name].nbytes
             if writer == place.replica:
                 share.append(name)

@@ -41,9 +41,13 @@ from step37_lit.errors import ConfigError, require
 from step37_lit.megatron import data_parallel, launch, pack_exchange, process, schedule
 from step37_lit.megatron.checkpointing import CheckpointHooks
 from step37_lit.megatron.chunks import chunks_of, whole_names
+from step37_lit.megatron.finite import StepWatch
+from step37_lit.megatron.launcher import RankLauncher
 from step37_lit.megatron.layout import ParallelLayout
 from step37_lit.megatron.lightning_plugins import MegatronPrecision
 from step37_lit.megatron.optimizer import AdamWSettings, ForwardingOptimizer
+from step37_lit.megatron.stopping import StopHooks
+from step37_lit.megatron.watching import WatchHooks
 from step37_lit.model.recompute import Recompute, RecomputeMode
 
 # Callbacks of Lightning that would act on something other than what megatron trains, and what to use in their place.
@@ -56,7 +60,7 @@ REFUSED_CALLBACKS: dict[type[pl.Callback], str] = {
 }
 
 
-class MegatronStrategy(CheckpointHooks, DDPStrategy):
+class MegatronStrategy(StopHooks, WatchHooks, CheckpointHooks, DDPStrategy):
     """Trains a `Step37LitModule` over megatron's parallel groups.
 
     One process needs no launcher, so notebooks and debuggers work; with more devices Lightning's launcher or torchrun
@@ -71,6 +75,7 @@ class MegatronStrategy(CheckpointHooks, DDPStrategy):
         pipeline_layout: Decoder layers of each piece in the model's order, pipeline x virtual_pipeline numbers; None
             splits them evenly.
         expert: Ranks that share the routed experts.
+        expert_tensor: Ranks that share each routed expert's matrices: 1, or as many as `tensor`.
         context: Ranks that share each pack's row.
         sequence_parallel: Split the residual stream over the tensor ranks between matrices.
         recompute: `none` keeps all activations; `selective` computes core attention and SwiGLUs again in the backward
@@ -81,6 +86,9 @@ class MegatronStrategy(CheckpointHooks, DDPStrategy):
             pass. Every pack needs a picture then, and no part may freeze in the course of the run.
         seed: Of megatron's random-number generators.
         launch_timeout: Seconds within which all ranks must be there, with the same recipe and code.
+        hang_timeout: Seconds without an answer of a rank, or without any step or batch of all, behind which every rank
+            ends and the one that hangs is named. Loading and saving may take longer. Null waits forever, as for a
+            debugger; a rank that dies is named all the same.
         cpu_threads: Threads of this process's operations on the CPU; None leaves torch's choice, one a core. Loader
             processes need cores too.
         verify: What of a checkpoint is hashed before it is loaded: `full` everything; `sample` every small file and
@@ -96,6 +104,7 @@ class MegatronStrategy(CheckpointHooks, DDPStrategy):
         virtual_pipeline: int | None = None,
         pipeline_layout: list[int] | None = None,
         expert: int = 1,
+        expert_tensor: int = 1,
         context: int = 1,
         sequence_parallel: bool = False,
         recompute: RecomputeMode = "none",
@@ -104,6 +113,7 @@ class MegatronStrategy(CheckpointHooks, DDPStrategy):
         overlap_data_parallel: bool = False,
         seed: int = 0,
         launch_timeout: float = 300.0,
+        hang_timeout: float | None = 600.0,
         cpu_threads: int | None = None,
         verify: VerifyMode = "full",
         accelerator: Any = None,
@@ -112,7 +122,7 @@ class MegatronStrategy(CheckpointHooks, DDPStrategy):
         precision_plugin: Precision | None = None,
     ):
         self.layout = ParallelLayout(
-            tensor, pipeline, virtual_pipeline, pipeline_layout, expert, context, sequence_parallel
+            tensor, pipeline, virtual_pipeline, pipeline_layout, expert, expert_tensor, context, sequence_parallel
         )
         self.overlap_data_parallel = overlap_data_parallel
         self.recompute = Recompute(recompute, recompute_layers, recompute_vision)
@@ -120,13 +130,15 @@ class MegatronStrategy(CheckpointHooks, DDPStrategy):
             cpu_threads is None or cpu_threads > 0, "strategy.cpu_threads", "null or a positive number", cpu_threads
         )
         require(launch_timeout > 0, "strategy.launch_timeout", "a positive number of seconds", launch_timeout)
+        seconds = hang_timeout is None or hang_timeout > 0
+        require(seconds, "strategy.hang_timeout", "null or a positive number of seconds", hang_timeout)
         self.seed, self.launch_timeout, self.cpu_threads, self.verify = seed, launch_timeout, cpu_threads, verify
-        # Set by a signal handler on any rank: all ranks learn of it with the next step and end together.
-        self.stop_requested = False
+        self.hang_timeout = hang_timeout
         # Set by a freezing schedule before `setup`: the part of the model that a parameter freezes and trains with, by
         # its name in the whole model. Parameters without one never train.
         self.part_of: Mapping[str, str] | None = None
         self.ddps: list[DistributedDataParallel] | None = None  # one for each chunk of this rank's stage
+        self.step_watch: StepWatch | None = None  # of `ddps`
         self._clip_grad = 0.0
         super().__init__(
             accelerator=accelerator,
@@ -201,14 +213,23 @@ class MegatronStrategy(CheckpointHooks, DDPStrategy):
         if self.overlap_data_parallel:  # a rank that leaves out its vision tower would exchange other weights
             bare = [pack.sample_keys for pack in microbatches if not pack.images]
             require(not bare, "strategy.overlap_data_parallel", "false with packs without pictures", bare)
+        self.progress.mark(f"step {self.step} (forward and backward)")
         for ddp in self.ddps:
             ddp.zero_grad_buffer()
         for optimizer in self.optimizers:
             optimizer.clear_gradients()
-        result = schedule.train_step(self.ddps, microbatches, self.stop_requested or self.saver.failed)
+        result = schedule.train_step(self.ddps, microbatches, self.requested, self.step_watch)
+        self.progress.mark(f"step {self.step} (optimizer)")
         if result.stop:  # on all ranks: one that could not write its part has made them stop here
-            self.saver.wait()
+            self.end_behind_step(result.stop)
+            with self.progress.untimed("a wait for the last save"):
+                self.saver.wait()
         return result
+
+    @property
+    def step(self) -> int:
+        """Number of the optimizer step that is under way, from 1."""
+        return self.lightning_module.trainer.global_step + 1
 
     def evaluate_step(self, microbatches: Sequence[PackedBatch]) -> list[tuple[PackedBatch, Tensor, Tensor]]:
         """Teacher-forced losses and most likely tokens on the last stage; see `schedule.evaluate_step`."""
@@ -264,9 +285,7 @@ class MegatronStrategy(CheckpointHooks, DDPStrategy):
                 require(not isinstance(callback, refused), "trainer.callbacks", advice, name)
 
     def _configure_launcher(self) -> None:
-        # Without a launcher a single process also runs in a notebook.
-        if self.num_nodes * self.num_processes > 1:
-            super()._configure_launcher()
+        self._launcher = RankLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def setup_environment(self) -> None:
         module = self.lightning_module
@@ -285,6 +304,8 @@ class MegatronStrategy(CheckpointHooks, DDPStrategy):
         else:
             self.set_world_ranks()
         process.initialize(self.layout, self.seed)
+        self.progress.mark("loading", timed=False)
+        self.begin_watch()
 
     def _agree(self) -> dist.Store:
         self.set_world_ranks()
@@ -298,12 +319,14 @@ class MegatronStrategy(CheckpointHooks, DDPStrategy):
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         if trainer.state.fn == TrainerFn.FITTING:
+            self.watch_validations(trainer)
             self._clip_grad = float(trainer.gradient_clip_val or 0.0)
             model = self.lightning_module.model
             if self.part_of is not None:
                 for name, parameter in whole_names(model):
                     parameter.requires_grad_(name in self.part_of)
             self.ddps = data_parallel.wrap(model, self.overlap_data_parallel)
+            self.step_watch = StepWatch(self.ddps)
             self.setup_optimizers(trainer)
             for optimizer in self.optimizers:
                 if not isinstance(optimizer, ForwardingOptimizer):
@@ -314,6 +337,12 @@ class MegatronStrategy(CheckpointHooks, DDPStrategy):
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """A step's packs on the device; all ranks of a model-parallel group have their reader's."""
+        trainer = self.lightning_module.trainer
+        if not trainer.training:
+            self.progress.mark(f"{trainer.state.stage.value} behind step {trainer.global_step}")
+            self.end_here_if_asked()
+        else:
+            self.progress.mark(f"step {self.step} (packs)")
         return pack_exchange.share_packs(super().batch_to_device(batch, device, dataloader_idx))
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -328,4 +357,6 @@ class MegatronStrategy(CheckpointHooks, DDPStrategy):
 
     def teardown(self) -> None:
         data_parallel.gather_weights(self.ddps or [])
+        self.agree_at_the_end()
+        self.end_watch()
         super().teardown()

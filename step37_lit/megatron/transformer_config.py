@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from step37_lit import determinism
 from step37_lit.config import Step37Config
 from step37_lit.megatron.layout import ParallelLayout
 from step37_lit.model.recompute import Recompute
@@ -66,7 +67,7 @@ def to_megatron(
         pipeline_model_parallel_layout=_pieces(layout, text.num_layers),
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=layout.expert_tensor,
         sequence_parallel=layout.sequence_parallel,
         variable_seq_lengths=layout.pipeline > 1,
         # gloo and NCCL both swap messages when previous and next stage are the same peer (PP2 with virtual stages).
@@ -79,6 +80,7 @@ def to_megatron(
         bias_activation_fusion=False,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
+        deterministic_mode=determinism.enabled(),
         **_expert_fields(config),
     )
 

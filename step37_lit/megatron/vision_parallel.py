@@ -22,6 +22,7 @@ from torch.distributed import ProcessGroup
 
 from step37_lit.batch import ImageForInsert
 from step37_lit.config import VisionConfig
+from step37_lit.megatron.shares import balanced
 
 
 class SpreadImages:
@@ -82,15 +83,6 @@ class SpreadImages:
         flat = gathered.index_select(0, index.to(like.device))
         parts = flat.split([number * size for number, size in self._shapes])
         return [part.unflatten(0, shape) for part, shape in zip(parts, self._shapes, strict=True)]
-
-
-def balanced(costs: Sequence[int], ranks: int) -> list[int]:
-    """Owner of each image: the dearest first, each to the rank that has least so far."""
-    loads, owners = [0] * ranks, [0] * len(costs)
-    for image in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        owners[image] = loads.index(min(loads))
-        loads[owners[image]] += costs[image]
-    return owners
 
 
 @torch.no_grad()

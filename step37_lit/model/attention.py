@@ -51,6 +51,7 @@ class HybridSelfAttention(MegatronModule):
         pg_collection: megatron's process groups.
         cp_comm_type: Handed on to the core attention.
         recompute: Compute the core attention again in the backward pass.
+        name: Handed over by megatron-core since 0.18; not used.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class HybridSelfAttention(MegatronModule):
         pg_collection: ProcessGroupCollection,
         cp_comm_type: str | None = None,
         recompute: bool = False,
+        name: str | None = None,
     ):
         super().__init__(config=config)
         text = config.step37.text

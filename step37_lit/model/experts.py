@@ -1,6 +1,7 @@
 """Feed-forward parts of a decoder layer: dense SwiGLU, router, routed experts, shared expert.
 
-n = tokens (of all local experts where routed), H = hidden, F = inner width, E = experts of this rank.
+n = tokens (of all local experts where routed), H = hidden, F = inner width (of a rank, where ranks share an expert's
+matrices), E = experts of this rank.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
-from megatron.core.utils import get_pg_rank
+from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -106,6 +107,9 @@ class Router(TopKRouter):
 class GroupedExperts(MegatronModule):
     """The routed experts of this rank as two stacked matrices and one grouped matmul each.
 
+    Where expert-tensor ranks share the matrices, each has its rows of gate and of up and its columns of the second one:
+    what comes out is a part of a sum, which the dispatcher completes.
+
     Args:
         num_local_experts: Experts of this rank.
         config: megatron's configuration.
@@ -125,15 +129,17 @@ class GroupedExperts(MegatronModule):
         super().__init__(config=config)
         first = get_pg_rank(pg_collection.ep) * num_local_experts
         self.expert_indices = range(first, first + num_local_experts)  # over the whole layer
-        hidden, inner, dtype = config.hidden_size, config.moe_ffn_hidden_size, config.params_dtype
+        self.tp_group = pg_collection.expt_tp
+        hidden, dtype = config.hidden_size, config.params_dtype
+        inner = config.moe_ffn_hidden_size // get_pg_size(self.tp_group)
         self.limit, self.recompute = limit, recompute
         self.weight1 = nn.Parameter(torch.empty(num_local_experts, 2 * inner, hidden, dtype=dtype))
         self.weight2 = nn.Parameter(torch.empty(num_local_experts, hidden, inner, dtype=dtype))
-        for weight in (self.weight1, self.weight2):
+        for weight, dim, blocks in ((self.weight1, 1, 2), (self.weight2, 2, 1)):  # weight1 holds [gate; up]
             marks: Any = weight  # attributes that megatron reads off a parameter
             marks.allreduce = False  # reduced over the expert data-parallel group
             marks.tensor_model_parallel = True  # every rank's share counts in the clipped norm
-            marks.partition_dim, marks.partition_stride = 0, 1
+            marks.partition_dim, marks.partition_stride = dim, blocks  # over the expert-tensor ranks
 
     grouped_matmul = staticmethod(grouped_matmul)  # `inference_mode` puts a faster one in its place
 

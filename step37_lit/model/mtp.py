@@ -16,6 +16,7 @@ no loss.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,10 +25,6 @@ from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.multi_token_prediction import (
-    MultiTokenPredictionBlockSubmodules,
-    MultiTokenPredictionLayerSubmodules,
-)
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import get_pg_rank
@@ -37,6 +34,7 @@ from step37_lit.megatron.core_attention import AttentionBackend
 from step37_lit.megatron.head import gather_from_sequence_ranks, loss_per_token, scatter_to_sequence_ranks
 from step37_lit.megatron.norm import ZeroCentredRMSNorm
 from step37_lit.megatron.transformer_config import Step37TransformerConfig
+from step37_lit.model.kv_cache import KVCache
 from step37_lit.model.packing import following
 from step37_lit.model.text_decoder import decoder_layer_spec
 
@@ -59,6 +57,17 @@ class EmbeddingHiddenProjection(nn.Module):
         return F.linear(x, self.weight)
 
 
+@dataclass
+class MTPLayerSubmodules:
+    """Parts of `MTPLayer`. (Fields of megatron's own class changed their names from version to version.)"""
+
+    enorm: ModuleSpec | type
+    hnorm: ModuleSpec | type
+    eh_proj: ModuleSpec | type
+    transformer_layer: ModuleSpec
+    final_layernorm: ModuleSpec | type
+
+
 class MTPLayer(MegatronModule):
     """One layer and its head.
 
@@ -73,7 +82,7 @@ class MTPLayer(MegatronModule):
     def __init__(
         self,
         config: Step37TransformerConfig,
-        submodules: MultiTokenPredictionLayerSubmodules,
+        submodules: MTPLayerSubmodules,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
         vp_stage: int | None = None,
@@ -91,7 +100,7 @@ class MTPLayer(MegatronModule):
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
-        self.final_layernorm = build_module(submodules.layer_norm, **norm)
+        self.final_layernorm = build_module(submodules.final_layernorm, **norm)
         self.output_layer = tensor_parallel.ColumnParallelLinear(
             config.hidden_size,
             config.step37.text.vocab_size,
@@ -102,7 +111,19 @@ class MTPLayer(MegatronModule):
             tp_group=pg_collection.tp,
         )
 
-    def forward(self, embeddings: Tensor, hidden: Tensor, rotary_table: Tensor, packed: PackedSeqParams) -> Tensor:
+    @property
+    def mtp_model_layer(self) -> nn.Module:
+        """`transformer_layer` under the name by which megatron-core looks for routers since 0.17."""
+        return self.transformer_layer
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        hidden: Tensor,
+        rotary_table: Tensor,
+        packed: PackedSeqParams,
+        inference_context: KVCache | None = None,
+    ) -> Tensor:
         """[T, 1, H], normed ([T / tensor ranks, 1, H] of all under sequence parallelism)."""
         joined = torch.cat((self.enorm(embeddings), self.hnorm(hidden)), dim=-1)
         hidden, _ = self.transformer_layer(
@@ -110,6 +131,7 @@ class MTPLayer(MegatronModule):
             attention_mask=None,
             rotary_pos_emb=rotary_table,
             packed_seq_params=packed,
+            inference_context=inference_context,
         )
         return self.final_layernorm(hidden)
 
@@ -119,7 +141,7 @@ class MTPBlock(MegatronModule):
 
     Args:
         config: megatron's configuration.
-        spec: Specs of the layers (`mtp_block_spec`).
+        specs: Of the layers (`mtp_layer_specs`).
         pg_collection: megatron's process groups.
         vp_stage: Virtual pipeline stage of this chunk.
     """
@@ -127,14 +149,14 @@ class MTPBlock(MegatronModule):
     def __init__(
         self,
         config: Step37TransformerConfig,
-        spec: MultiTokenPredictionBlockSubmodules,
+        specs: list[ModuleSpec],
         pg_collection: ProcessGroupCollection,
         vp_stage: int | None = None,
     ):
         super().__init__(config=config)
         self.layers = nn.ModuleList(
             build_module(layer, config=config, layer_number=number, pg_collection=pg_collection, vp_stage=vp_stage)
-            for number, layer in enumerate(spec.layer_specs, start=config.num_layers + 1)
+            for number, layer in enumerate(specs, start=config.num_layers + 1)
         )
 
     def forward(
@@ -185,29 +207,27 @@ class MTPBlock(MegatronModule):
         return [head(hidden, runtime_gather_output=gather_output)[0] for head, hidden in pairs]
 
 
-def mtp_block_spec(
+def mtp_layer_specs(
     config: Step37TransformerConfig,
     pg_collection: ProcessGroupCollection,
     attention_backend: AttentionBackend = "auto",
-) -> MultiTokenPredictionBlockSubmodules | None:
+) -> list[ModuleSpec] | None:
     """Specs of the MTP layers, or None where the config builds none."""
     text = config.step37.text
     if not text.mtp:
         return None
-    return MultiTokenPredictionBlockSubmodules(
-        layer_specs=[
-            ModuleSpec(
-                module=MTPLayer,
-                submodules=MultiTokenPredictionLayerSubmodules(
-                    enorm=ZeroCentredRMSNorm,
-                    hnorm=ZeroCentredRMSNorm,
-                    eh_proj=EmbeddingHiddenProjection,
-                    transformer_layer=decoder_layer_spec(
-                        config, layer, pg_collection, attention_backend, config.recompute.mode
-                    ),
-                    layer_norm=ZeroCentredRMSNorm,
+    return [
+        ModuleSpec(
+            module=MTPLayer,
+            submodules=MTPLayerSubmodules(
+                enorm=ZeroCentredRMSNorm,
+                hnorm=ZeroCentredRMSNorm,
+                eh_proj=EmbeddingHiddenProjection,
+                transformer_layer=decoder_layer_spec(
+                    config, layer, pg_collection, attention_backend, config.recompute.mode
                 ),
-            )
-            for layer in range(text.num_layers, text.total_layers)
-        ]
-    )
+                final_layernorm=ZeroCentredRMSNorm,
+            ),
+        )
+        for layer in range(text.num_layers, text.total_layers)
+    ]

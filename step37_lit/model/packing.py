@@ -42,7 +42,16 @@ def pack_borders(
     longest = max(lengths)
     if max_seq_len is not None and max_seq_len < longest:
         raise ValueError(f"max_seq_len: expected at least {longest} (the longest sub-sequence), found {max_seq_len}")
-    cu_seqlens = cu_seqlens.to(torch.int32)
+    return _borders(cu_seqlens.to(torch.int32), longest)
+
+
+def borders_of(counts: Tensor, device: torch.device) -> PackedSeqParams:
+    """Borders of sub-sequences of these lengths, int64 [n] on the CPU."""
+    cu_seqlens = torch.cat((counts.new_zeros(1), counts.cumsum(0))).to(device, torch.int32)
+    return _borders(cu_seqlens, int(counts.max()))
+
+
+def _borders(cu_seqlens: Tensor, longest: int) -> PackedSeqParams:
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,

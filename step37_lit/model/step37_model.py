@@ -26,7 +26,7 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from torch import Tensor, nn
 
@@ -57,7 +57,7 @@ class Step37Model(MegatronModule):
         add_encoder: Build the vision tower where `pre_process`.
         add_decoder: Build the text decoder.
         pg_collection: megatron's process groups; None takes the global ones.
-        mtp_block_spec: Specs of the MTP layers (`mtp_block_spec`), built where `post_process`; None builds none.
+        mtp_block_spec: Specs of the MTP layers (`mtp_layer_specs`), built where `post_process`; None builds none.
         vp_stage: Virtual pipeline stage of this chunk.
     """
 
@@ -72,7 +72,7 @@ class Step37Model(MegatronModule):
         add_encoder: bool = True,
         add_decoder: bool = True,
         pg_collection: ProcessGroupCollection | None = None,
-        mtp_block_spec: MultiTokenPredictionBlockSubmodules | None = None,
+        mtp_block_spec: list[ModuleSpec] | None = None,
         vp_stage: int | None = None,
     ):
         super().__init__(config=language_transformer_config)
@@ -160,18 +160,20 @@ class Step37Model(MegatronModule):
             max_seq_len: Longest sub-sequence; None is counted.
             packed_seq_params: megatron's form of the borders; must agree with `cu_seqlens` where both are given.
             inference_params: Must be None: `inference_context` is its successor.
-            inference_context: A `KVCache`: the first pass fills it with a pack of prompts, every further one adds a
-                token to each row (`cu_seqlens` 0, 1, 2, ...). Logits are of each sub-sequence's last token only.
+            inference_context: A `KVCache`: the first pass fills it with a pack of prompts and gives logits of each
+                sub-sequence's last token only, every further one adds a few tokens to each row.
             extra_block_kwargs: Further arguments of the `TransformerBlock`.
             runtime_gather_output: Gather the logits over the tensor ranks, whatever `parallel_output` says.
             with_mtp: Also what the MTP layers give, layer by layer behind the main head's; nothing where there are
                 none. Layer k (0-based) predicts token t + k + 2 at position t, and has a loss where that token is of
-                the same sub-sequence and `loss_mask` has it learnt.
+                the same sub-sequence and `loss_mask` has it learnt. With an `inference_context` the layers do not
+                run, and the last stage leaves what they read to it (`KVCache.mtp_inputs`).
 
         Returns:
             On the last stage the loss [1, T] in fp32 where `labels` are given, else logits [1, T, V (/ tensor
-            ranks)] ([1, n, V] with an `inference_context`), with the MTP layers' [1 + layers, ...]; on other stages
-            the hidden states [T, 1, H] for the next ([2T, 1, H] with the embeddings, where the MTP layers need them).
+            ranks)] ([1, n, V] for the prompts of an `inference_context`), with the MTP layers' [1 + layers, ...]; on
+            other stages the hidden states [T, 1, H] for the next ([2T, 1, H] with the embeddings, where the MTP layers
+            need them).
             Where context ranks share the pack, T is this rank's share here (`megatron.context.split_row`); arguments
             are always of the whole pack.
 
@@ -183,17 +185,14 @@ class Step37Model(MegatronModule):
             if value is not None:
                 raise ValueError(f"{name}: expected None, found {type(value).__name__}")
         with_mtp = with_mtp and self.has_mtp
-        if with_mtp and inference_context is not None:
-            raise ValueError(
-                "with_mtp: expected False with an inference_context (MTP layers have no cache), found True"
-            )
         packed = pack_borders(input_ids, cu_seqlens, max_seq_len, packed_seq_params)
         if inference_context is not None:
             inference_context.begin(packed)
         if position_ids is None:
-            position_ids = restarting_positions(packed.cu_seqlens_q, input_ids.shape[1])
-            if inference_context is not None:
-                position_ids = position_ids + inference_context.offsets(packed)
+            if inference_context is None:
+                position_ids = restarting_positions(packed.cu_seqlens_q, input_ids.shape[1])
+            else:
+                position_ids = inference_context.positions
 
         table = rotary_table(self.step37.text, split_row(position_ids, dim=1))
         packed = context_borders(packed)
@@ -215,11 +214,13 @@ class Step37Model(MegatronModule):
                 **(extra_block_kwargs or {}),
             )
         if inference_context is not None:
-            inference_context.end(packed)
+            inference_context.end()
         if not self.post_process:
             return torch.cat((hidden, embeddings)) if with_mtp else hidden
         if inference_context is not None:
-            hidden = hidden.index_select(0, packed.cu_seqlens_q[1:].long() - 1)
+            if with_mtp:  # their turn comes when the next token is chosen
+                inference_context.mtp_inputs, with_mtp = (hidden, embeddings, packed), False
+            hidden = inference_context.answered(hidden)
         ahead = self.mtp(embeddings, hidden, table, packed) if with_mtp else []
         if labels is not None:
             losses = loss_per_token(self.output_layer, hidden, labels, loss_mask)

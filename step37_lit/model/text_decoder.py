@@ -11,7 +11,6 @@ TransformerBlock
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -27,26 +26,18 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 from megatron.core.utils import get_pg_rank
+from torch import Tensor
 
 from step37_lit.megatron.core_attention import AttentionBackend, core_attention_of
 from step37_lit.megatron.dispatch import MixtureOfExperts
 from step37_lit.megatron.norm import ZeroCentredRMSNorm
+from step37_lit.megatron.part_spec import PartSpec
 from step37_lit.megatron.transformer_config import Step37TransformerConfig
 from step37_lit.model.attention import HybridAttentionSubmodules, HybridSelfAttention
 from step37_lit.model.experts import DenseMLP, GroupedExperts, Router, SharedExpert
 from step37_lit.model.recompute import RecomputeMode, run
 
 _LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-
-
-@dataclass
-class _PartSpec:
-    """What `build_module` needs of a `ModuleSpec`. megatron's layer warns, layer by layer, of every MLP in a
-    `ModuleSpec` that is not one of its own classes; one in this form it builds without a word."""
-
-    module: type
-    submodules: Any
-    params: dict = field(default_factory=dict)
 
 
 class DecoderLayer(TransformerLayer):
@@ -60,8 +51,9 @@ class DecoderLayer(TransformerLayer):
         super().__init__(*args, **kwargs)
         self.recompute = recompute
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return run(self.recompute, super().forward, *args, **kwargs)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # By position: autograd's hooks (offloading, counting) see what is kept by position only.
+        return run(self.recompute, super().forward, hidden_states, *args, **kwargs)
 
 
 def decoder_block_spec(
@@ -123,18 +115,18 @@ def _attention_spec(backend: AttentionBackend, recompute: bool) -> ModuleSpec:
 
 def _feed_forward_spec(
     config: Step37TransformerConfig, layer: int, pg_collection: ProcessGroupCollection, recompute: bool
-) -> _PartSpec:
+) -> PartSpec:
     text = config.step37.text
     shared = {"limit": text.swiglu_limits_shared[layer], "recompute": recompute}
     routed = {"limit": text.swiglu_limits[layer], "recompute": recompute}
     if layer not in text.moe_layers:
-        return _PartSpec(module=DenseMLP, submodules=_LINEARS, params={**shared, "tp_group": pg_collection.tp})
-    return _PartSpec(
+        return PartSpec(module=DenseMLP, submodules=_LINEARS, params={**shared, "tp_group": pg_collection.tp})
+    return PartSpec(
         module=MixtureOfExperts,
         submodules=MoESubmodules(
             router=Router,
-            experts=ModuleSpec(module=GroupedExperts, params=routed),
-            shared_experts=ModuleSpec(module=SharedExpert, submodules=_LINEARS, params=shared),
+            experts=PartSpec(module=GroupedExperts, params=routed),
+            shared_experts=PartSpec(module=SharedExpert, submodules=_LINEARS, params=shared),
         ),
         params={"pg_collection": pg_collection},
     )

@@ -16,11 +16,12 @@ from functools import cached_property
 
 from step37_lit.config import Step37Config
 from step37_lit.planner.layout import PlannedLayout
+from step37_lit.planner.spans import Spans
 from step37_lit.planner.weights import FP32_BYTES, ITEM_BYTES
 from step37_lit.planner.work import Recompute, Training
 
-LAYER_GROUPS = ("norm", "projection", "core", "feed_forward", "experts")
-RECOMPUTED: dict[Recompute, tuple[str, ...]] = {"none": (), "selective": ("core",), "full": LAYER_GROUPS}
+LAYER_GROUPS = ("norm", "projection", "core", "swiglu", "feed_forward", "experts")
+RECOMPUTED: dict[Recompute, tuple[str, ...]] = {"none": (), "selective": ("core", "swiglu"), "full": LAYER_GROUPS}
 
 
 @dataclass(frozen=True)
@@ -95,34 +96,38 @@ class ActivationTable:
         if recompute == "full":
             return self.rows * self.config.text.hidden_size * self.item
         if recompute == "selective":
-            rows += [row for row in self._core(layer) if row.what in ("query", "key", "value")]
+            rows += self._core_inputs(layer)
         return sum(row.nbytes for row in rows)
 
-    def chunk_bytes(self, chunk: int, recompute: Recompute | None = None) -> float:
+    def chunk_bytes(self, chunk: int) -> float:
         """Kept of one micro-batch by one chunk of the decoder and what is in front of or behind it."""
-        total = sum(self.layer_bytes(layer, recompute) for layer in self.layout.layers(self.config.text)[chunk])
+        layers = self.layout.layers(self.config.text)[chunk]
+        modes = [self.training.layer_mode(number) for number in range(len(layers))]
+        total = sum(self.layer_bytes(layer, mode) for layer, mode in zip(layers, modes, strict=True))
         if chunk == 0:
             total += sum(row.nbytes for row in self.front())
         if chunk == self.layout.chunks - 1:
             total += sum(row.nbytes for row in self._needed(self.behind()))
-            total += sum(self.layer_bytes(layer, recompute) for layer in self._mtp_layers)
+            total += sum(self.layer_bytes(layer) for layer in self._mtp_layers)
         if chunk > 0:
-            # What the stage before handed on, with MTP layers the embeddings too; in fp32 the first norm's input is it.
+            # What the stage before handed on, with MTP layers the embeddings too. It is the first layer's input, which
+            # that keeps itself where it is recomputed, and in fp32 as its norm's input.
             handed = 2 if self.config.text.mtp else 1
-            total += (handed - (self.item == FP32_BYTES)) * self.rows * self.config.text.hidden_size * self.item
+            counted = self.item == FP32_BYTES or modes[:1] == ["full"]
+            total += (handed - counted) * self.rows * self.config.text.hidden_size * self.item
         return total + sum(row.nbytes for row in self._rotary_table())
 
     def working_bytes(self, chunk: int) -> float:
         """The largest thing that is made again or for a moment: a recomputed layer, gradients of the logits, the
         vision tower's blocks."""
-        mode = self.training.recompute
-        layers = [*self.layout.layers(self.config.text)[chunk]]
+        own = self.layout.layers(self.config.text)[chunk]
+        layers = [(layer, self.training.layer_mode(number)) for number, layer in enumerate(own)]
         largest = 0.0
         if chunk == self.layout.chunks - 1:
-            layers += self._mtp_layers
+            layers += [(layer, self.training.recompute) for layer in self._mtp_layers]
             logits = self.training.pack.learnt * self.config.text.vocab_size / self.layout.tensor / self.layout.context
             largest = logits * (FP32_BYTES + self.item)  # their gradient in fp32 and in the model's dtype
-        for layer in layers:
+        for layer, mode in layers:
             largest = max(largest, self.layer_bytes(layer, "none") - self.layer_bytes(layer, mode))
         if chunk == 0 and self.training.vision_recompute and not self._vision_frozen:
             largest = max(largest, sum(row.nbytes for row in self._vision_block()))
@@ -220,36 +225,45 @@ class ActivationTable:
         text, item, tokens = self.config.text, self.item, self.tokens
         heads, groups = text.heads_of(layer) / self.layout.tensor, text.num_kv_groups / self.layout.tensor
         width, key_width = heads * text.head_dim, groups * text.head_dim
-        yield Kept("core", "query", tokens * width * item)
         yield Kept("core", "log of the sums", tokens * heads * FP32_BYTES)
         if not self.on_cpu:
-            yield Kept("core", "key", tokens * key_width * item)
-            # The value is a view of linear_qkv's output, which in fp32 the key's norm keeps already.
-            yield Kept("core", "value", tokens * (width + 2 * key_width) * item * (item < FP32_BYTES))
+            if self.layout.context == 1:
+                yield from self._core_inputs(layer)
+            else:
+                yield Kept("core", "query", tokens * width * item)
+                yield Kept("core", "keys and values of all ranks", self.training.pack.tokens * 2 * key_width * item)
             return
-        yield Kept("core", "key", tokens * width * item)  # repeated for each query head
-        yield Kept("core", "value", tokens * width * item)
+        yield Kept("core", "query", tokens * width * item)
+        # For each chunk, repeated for each query head.
+        yield Kept("core", "keys and values", 2 * self._spans.keys * width * item)
         yield Kept("core", "output of each sub-sequence", tokens * width * item)
-        if text.layer_types[layer] == "sliding_attention":
-            yield Kept("core", "masks of blocks", self._block_masks() * item)
+        window = text.sliding_window if text.layer_types[layer] == "sliding_attention" else None
+        yield Kept("core", "masks of blocks", self._spans.mask_elements(window) * item)
 
-    def _block_masks(self) -> float:
-        """Elements of the masks of the blocks of one window that long sliding sub-sequences are cut into."""
-        window, total = self.config.text.sliding_window, 0
-        for length in self.training.pack.lengths:
-            for start in range(0, length if length > window else 0, window):
-                end, first = min(start + window, length), max(0, start - window + 1)
-                total += (end - start) * (end - first)
-        return total
+    def _core_inputs(self, layer: int) -> Iterator[Kept]:
+        """Query, key and value as they come from the projections."""
+        text, item, tokens = self.config.text, self.item, self.tokens
+        width = text.heads_of(layer) / self.layout.tensor * text.head_dim
+        key_width = text.num_kv_groups / self.layout.tensor * text.head_dim
+        yield Kept("core", "query", tokens * width * item)
+        yield Kept("core", "key", tokens * key_width * item)
+        # The value is a view of linear_qkv's output, which in fp32 the key's norm keeps already.
+        yield Kept("core", "value", tokens * (width + 2 * key_width) * item * (item < FP32_BYTES))
+
+    @cached_property
+    def _spans(self) -> Spans:
+        return Spans(self.training.pack.lengths, self.layout.context)
 
     def _swiglu(self, group: str, inner: float, tokens: float, limit: float | None) -> Iterator[Kept]:
         size = tokens * inner * self.item
         yield Kept(group, "gate and up", 2 * size)
-        yield Kept(group, "silu(gate)", size)
+        yield Kept("swiglu", "silu(gate)", size)
         if limit is not None:
-            yield Kept(group, "clamped gate and up", 2 * size)
-        # Routed experts weigh it, and the weights' gradients need it.
-        yield Kept(group, "product", size, group != "experts")
+            yield Kept("swiglu", "clamped gate and up", 2 * size)
+        if group == "experts":  # weigh it, and the routing weights' gradients need it
+            yield Kept("swiglu", "product", size)
+        else:
+            yield Kept(group, "input of linear_fc2", size, True)
 
     def _experts(self, layer: int) -> Iterator[Kept]:
         """Router, dispatch and routed experts, with as many tokens on each rank."""
@@ -286,10 +300,9 @@ class ActivationTable:
             width = max(text.rotary_dim(kind) for kind in ("full_attention", "sliding_attention")) // 2
             yield Kept("projection", "rotary table", 4 * self.tokens * width * FP32_BYTES)
 
-    def _own_images(self) -> list[tuple[int, int]]:
+    def _own_images(self) -> tuple[tuple[int, int], ...]:
         """Those that the busiest of the tensor and context ranks encodes, which share a pack's images."""
-        ranks = self.layout.tensor * self.layout.context
-        return [(side, -(-number // ranks)) for side, number in self.training.pack.images]
+        return self.training.pack.busiest_images(self.layout.tensor * self.layout.context)
 
     def _vision_block(self) -> Iterator[Kept]:
         """One block over a rank's images."""

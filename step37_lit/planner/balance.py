@@ -11,11 +11,11 @@ from step37_lit.config import Step37Config
 from step37_lit.errors import require
 from step37_lit.flops import decoder_flops
 from step37_lit.planner.activations import ActivationTable
-from step37_lit.planner.estimate import chunk_flops
+from step37_lit.planner.estimate import chunk_operations
 from step37_lit.planner.layout import PlannedLayout
 from step37_lit.planner.memory import peak_in_flight
 from step37_lit.planner.weights import FP32_BYTES, ITEM_BYTES, rank_weights
-from step37_lit.planner.work import Training
+from step37_lit.planner.work import Recompute, Training
 
 Objective = Literal["memory", "time"]
 Counts = tuple[int, ...]
@@ -80,9 +80,12 @@ class _Costs:
         self.layout, self.training = layout, training
         table, layers = ActivationTable(config, layout, training), range(config.text.num_layers)
         spans = layout.layers(config.text)
-        self.kept = [table.layer_bytes(layer) for layer in layers]
+        # Both of a layer that the training's recomputation reaches, and of one behind it.
+        modes: tuple[Recompute, Recompute] = (training.recompute, "none")
+        self.kept = [[table.layer_bytes(layer, mode) for layer in layers] for mode in modes]
         self.kept_beside = [
-            table.chunk_bytes(chunk) - sum(self.kept[layer] for layer in span) for chunk, span in enumerate(spans)
+            table.chunk_bytes(chunk) - self._sum(self.kept, slice(span.start, span.stop))
+            for chunk, span in enumerate(spans)
         ]
         self.working = [table.working_bytes(chunk) for chunk in range(layout.chunks)]
         self.state = [0.0 for _ in range(len(layers) + 2)]  # [-1] in front of the decoder, [-2] behind it
@@ -94,13 +97,19 @@ class _Costs:
             self.state[weight.unit] += weight.numel * (
                 ITEM_BYTES[training.dtype] if weight.part in training.frozen else trained
             )
-        passes, lengths = training.passes, training.pack.lengths
-        self.operations = [passes.dot(decoder_flops(config.text, lengths, [layer])) for layer in layers]
+        forward = [decoder_flops(config.text, training.pack.lengths, [layer]) for layer in layers]
+        plain = dataclasses.replace(training, recompute="none").passes
+        self.operations = [[passes.dot(flops) for flops in forward] for passes in (training.passes, plain)]
         self.operations_beside = [
-            passes.dot(chunk_flops(config, layout, training.pack, chunk))
-            - sum(self.operations[layer] for layer in span)
+            chunk_operations(config, layout, training, chunk) - self._sum(self.operations, slice(span.start, span.stop))
             for chunk, span in enumerate(spans)
         ]
+
+    def _sum(self, costs: list[list[float]], span: slice) -> float:
+        """Of a chunk's layers, the first of which are recomputed."""
+        reach = self.training.recompute_layers
+        border = span.stop if reach is None else min(span.stop, span.start + reach)
+        return sum(costs[0][span.start : border]) + sum(costs[1][border : span.stop])
 
     def memories(self, counts: Counts) -> list[float]:
         """Peak bytes of each stage, largest first."""
@@ -110,12 +119,12 @@ class _Costs:
     def times(self, counts: Counts) -> list[float]:
         """Operations of each chunk for a micro-batch, largest first."""
         spans = _spans(counts)
-        own = [sum(self.operations[span]) + self.operations_beside[chunk] for chunk, span in enumerate(spans)]
+        own = [self._sum(self.operations, span) + self.operations_beside[chunk] for chunk, span in enumerate(spans)]
         return sorted(own, reverse=True)
 
     def _memory(self, stage: int, spans: list[slice]) -> float:
         chunks = self.layout.chunks_of_stage(stage)
-        kept = [sum(self.kept[spans[chunk]]) + self.kept_beside[chunk] for chunk in chunks]
+        kept = [self._sum(self.kept, spans[chunk]) + self.kept_beside[chunk] for chunk in chunks]
         state = sum(sum(self.state[spans[chunk]]) for chunk in chunks)
         state += self.state[-1] * (0 in chunks) + self.state[-2] * (self.layout.chunks - 1 in chunks)
         activations, _ = peak_in_flight(kept, self.layout, self.training, stage)

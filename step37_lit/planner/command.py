@@ -130,7 +130,15 @@ def _training(options: Namespace, recipe: Recipe) -> Training:
     mean = options.sequence_length or min(1024, tokens)
     images = round(tokens / mean) if options.images is None else options.images
     pack = Pack.uniform(recipe.config, tokens, mean, images, options.learnt_share)
-    return Training(pack, dtype=dtype, recompute=recompute, vision_recompute=vision, frozen=recipe.frozen)
+    layers = recipe.recompute_layers if options.recompute is None else None
+    return Training(
+        pack,
+        dtype=dtype,
+        recompute=recompute,
+        recompute_layers=layers,
+        vision_recompute=vision,
+        frozen=recipe.frozen,
+    )
 
 
 def _layout(options: Namespace, recipe: Recipe, training: Training) -> Any:

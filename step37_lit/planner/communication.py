@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from step37_lit.config import Step37Config
 from step37_lit.planner.hardware import Hardware
 from step37_lit.planner.layout import PlannedLayout
-from step37_lit.planner.weights import ITEM_BYTES, StateBytes, buffer_elements, chunk_weights
+from step37_lit.planner.weights import FP32_BYTES, ITEM_BYTES, StateBytes, buffer_elements, chunk_weights
 from step37_lit.planner.work import Training
 
 
@@ -23,6 +23,7 @@ class Traffic:
     Args:
         tensor: All-gathers, reduce-scatters and all-reduces of the residual stream over the tensor ranks.
         expert: All-to-all of tokens to their experts and back.
+        expert_tensor: All-gathers and reduce-scatters of the tokens between the ranks that share an expert's matrices.
         context: Keys and values of the other context ranks.
         pipeline: Residual stream to the next stage, its gradient to the one before.
         data: Reduce-scatter of the gradients and all-gather of the weights, once a step.
@@ -30,6 +31,7 @@ class Traffic:
 
     tensor: float = 0.0
     expert: float = 0.0
+    expert_tensor: float = 0.0
     context: float = 0.0
     pipeline: float = 0.0
     data: float = 0.0
@@ -58,16 +60,18 @@ def microbatch_traffic(config: Step37Config, layout: PlannedLayout, training: Tr
     tensor = len(layers) * row * (_layer_rings(layout, again))
     heads = (1 + text.num_built_mtp_layers) if last else 0
     tensor += row * 2 * (first + heads)  # embedding and heads: one all-reduce of the row, or a gather and a scatter
-    routed = training.pack.tokens / layout.residual_ranks * text.top_k * text.hidden_size * item
+    routed = training.pack.tokens / layout.residual_ranks * text.top_k * text.hidden_size
     moe = sum(layer in text.moe_layers for layer in layers)
-    expert_ranks = layout.expert * layout.expert_tensor
-    exchanges = moe * (4 + 2 * again) * routed
+    exchanges = moe * (4 + 2 * again) * routed * item
+    # Gathered in the model's dtype and summed in the routing weights' fp32; backward the other way round.
+    between = moe * (2 + again) * routed * (item + FP32_BYTES) * (layout.expert_tensor - 1)
     keys = 2 * text.num_kv_groups / layout.tensor * text.head_dim * tokens * item
     context = len(layers) * keys * (layout.context - 1) * (3 + again)  # forward; backward also sends their gradients
     handed = (2 if text.mtp else 1) * row / (layout.tensor if layout.sequence_parallel else 1)
     return Traffic(
         tensor=tensor * (layout.tensor - 1) / layout.tensor,
-        expert=exchanges * (expert_ranks - 1) / expert_ranks,
+        expert=exchanges * (layout.expert - 1) / layout.expert,
+        expert_tensor=between,
         context=context,
         pipeline=handed * ((not first) + (not last)),
     )
@@ -76,7 +80,7 @@ def microbatch_traffic(config: Step37Config, layout: PlannedLayout, training: Tr
 def data_traffic(config: Step37Config, layout: PlannedLayout, training: Training, stage: int) -> tuple[float, float]:
     """Bytes that a rank of `stage` sends once a step for its dense weights, and for its experts."""
     sent = [0.0, 0.0]
-    per_element = 4 + ITEM_BYTES[training.dtype]  # gradients in fp32 there, weights back
+    per_element = FP32_BYTES + ITEM_BYTES[training.dtype]  # gradients there, weights back
     for chunk in layout.chunks_of_stage(stage):
         held = [w for w in chunk_weights(config, layout, chunk) if w.part not in training.frozen]
         for expert, shards in ((False, layout.dense_shards), (True, layout.expert_shards)):
@@ -88,16 +92,16 @@ def data_traffic(config: Step37Config, layout: PlannedLayout, training: Training
 def seconds(layout: PlannedLayout, hardware: Hardware, sent: Traffic, data: tuple[float, float]) -> Traffic:
     """Time of the traffic. Groups lie as megatron orders ranks: tensor, context, expert and data, pipeline."""
     stage_ranks = layout.ranks // layout.pipeline
-    expert_ranks = layout.expert * layout.expert_tensor
     outer = layout.pipeline > 1 and stage_ranks >= hardware.gpus_per_node
     link = hardware.network_bandwidth if outer else hardware.node_bandwidth
     dense = hardware.link_seconds(data[0], layout.dense_shards, layout.tensor)
     return Traffic(
         tensor=hardware.link_seconds(sent.tensor, layout.tensor, 1),
-        expert=hardware.link_seconds(sent.expert, expert_ranks, 1, all_to_all=True),
+        expert=hardware.link_seconds(sent.expert, layout.expert, layout.expert_tensor, all_to_all=True),
+        expert_tensor=hardware.link_seconds(sent.expert_tensor, layout.expert_tensor, 1),
         context=hardware.link_seconds(sent.context, layout.context, layout.tensor),
         pipeline=sent.pipeline / (link * 1e9 * hardware.link_efficiency),
-        data=dense + hardware.link_seconds(data[1], layout.expert_shards, expert_ranks),
+        data=dense + hardware.link_seconds(data[1], layout.expert_shards, layout.expert * layout.expert_tensor),
     )
 
 

@@ -98,15 +98,28 @@ def plan(
 
 
 def chunk_flops(config: Step37Config, layout: PlannedLayout, pack: Pack, chunk: int) -> Flops:
-    """Forward operations of a chunk for one pack, on all its ranks together."""
-    text = config.text
+    """Forward operations of a chunk for one pack, on all its ranks together: the busiest one's, times the ranks."""
+    text, ranks = config.text, layout.tensor * layout.context
     beside = Flops()
-    if chunk == 0:
-        beside += Flops(vision=vision_flops(config, pack.images))
+    if chunk == 0:  # the decoder's work is divided evenly, images are not
+        beside += Flops(vision=ranks * vision_flops(config, pack.busiest_images(ranks)))
     if chunk == layout.chunks - 1:
         learnt = [pack.learnt] * text.num_built_mtp_layers
         beside += Flops(head=head_flops(text, pack.learnt), mtp=mtp_flops(text, pack.lengths, learnt))
     return decoder_flops(text, pack.lengths, layout.layers(text)[chunk]) + beside
+
+
+def chunk_operations(config: Step37Config, layout: PlannedLayout, training: Training, chunk: int) -> float:
+    """Forward and backward, and what is computed again, as `chunk_flops`."""
+    text, lengths = config.text, training.pack.lengths
+    total = training.passes.dot(chunk_flops(config, layout, training.pack, chunk))
+    layers = layout.layers(text)[chunk]
+    kept = [layer for number, layer in enumerate(layers) if training.layer_mode(number) != training.recompute]
+    total -= training.again.dot(decoder_flops(text, lengths, kept))
+    if chunk == layout.chunks - 1:
+        mtp = range(text.num_layers, text.num_layers + text.num_built_mtp_layers)
+        total += training.again.dot(decoder_flops(text, lengths, mtp))
+    return total
 
 
 def _stage_traffic(config: Step37Config, layout: PlannedLayout, training: Training, stage: int) -> Traffic:
@@ -120,8 +133,5 @@ def _stage_compute(
     config: Step37Config, layout: PlannedLayout, training: Training, hardware: Hardware, stage: int
 ) -> float:
     """Seconds of a micro-batch on a rank of the stage."""
-    operations = sum(
-        training.passes.dot(chunk_flops(config, layout, training.pack, chunk))
-        for chunk in layout.chunks_of_stage(stage)
-    )
+    operations = sum(chunk_operations(config, layout, training, chunk) for chunk in layout.chunks_of_stage(stage))
     return operations / (layout.tensor * layout.context) / hardware.flops_per_second

@@ -24,7 +24,7 @@ class PlannedLayout:
         pipeline: Pipeline stages.
         virtual_pipeline: Model chunks of each stage (interleaved schedule); 1 is the plain schedule.
         expert: Ranks that share the routed experts.
-        expert_tensor: Ranks that share each expert's matrices.
+        expert_tensor: Ranks that share each routed expert's matrices: 1, or as many as `tensor`.
         context: Ranks that share each pack.
         sequence_parallel: Split the residual stream over the tensor ranks between matrices.
         stage_layers: Decoder layers of each chunk in the model's order (chunk c is on stage c % pipeline), or empty
@@ -50,6 +50,7 @@ class PlannedLayout:
             pipeline=layout.pipeline,
             virtual_pipeline=layout.virtual_pipeline or 1,
             expert=layout.expert,
+            expert_tensor=layout.expert_tensor,
             context=layout.context,
             sequence_parallel=layout.sequence_parallel,
             stage_layers=tuple(layout.pipeline_layout or ()),
@@ -132,6 +133,8 @@ class PlannedLayout:
             require(self.expert == self.expert_tensor == 1, "expert", "1 (the model has no experts)", self.expert)
             return
         _divides("expert", self.expert, "text.num_experts", text.num_experts)
+        sizes = "1" if self.tensor == 1 else f"1 or {self.tensor} (tensor)"
+        require(self.expert_tensor in (1, self.tensor), "expert_tensor", sizes, self.expert_tensor)
         _divides("expert_tensor", self.expert_tensor, "text.expert_ffn_size", text.expert_ffn_size)
         _divides("tensor", self.tensor, "text.shared_expert_ffn_size", text.shared_expert_ffn_size)
         product = self.expert * self.expert_tensor

@@ -31,6 +31,7 @@ class Recipe:
         pack_tokens: `data.max_length`, or None where the data have none.
         microbatches: `data.microbatches`, packs of a step over all ranks, or None.
         recompute: The strategy's.
+        recompute_layers: The strategy's.
         vision_recompute: The strategy's `recompute_vision`.
     """
 
@@ -41,6 +42,7 @@ class Recipe:
     pack_tokens: int | None
     microbatches: int | None
     recompute: str
+    recompute_layers: int | None
     vision_recompute: bool
 
 
@@ -70,8 +72,10 @@ def read_recipe(files: list[str], ranks: int | None) -> Recipe:
         raise ConfigError("trainer.precision", " or ".join(PRECISIONS), precision, name)
     frozen = frozenset(part for argument, part in FREEZING.items() if model.get(argument))
     packs = data.get("max_length"), data.get("microbatches")
-    recompute = arguments.get("recompute", "none"), bool(arguments.get("recompute_vision"))
-    return Recipe(config, frozen, layout, PRECISIONS[precision], *packs, *recompute)
+    recompute = arguments.get("recompute", "none"), arguments.get("recompute_layers")
+    return Recipe(
+        config, frozen, layout, PRECISIONS[precision], *packs, *recompute, bool(arguments.get("recompute_vision"))
+    )
 
 
 def _section(content: dict[str, Any], name: str, file: str) -> dict[str, Any]:
@@ -103,7 +107,8 @@ def _layout(trainer: dict[str, Any], ranks: int | None) -> PlannedLayout:
         require(isinstance(devices, int), "trainer.devices", "a number (or give --gpus)", devices)
         ranks = devices * nodes
     sizes: dict[str, Any] = {
-        name: arguments.get(name) or 1 for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "context")
+        name: arguments.get(name) or 1
+        for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor", "context")
     }
     stages = tuple(arguments.get("pipeline_layout") or ())
     shared = bool(arguments.get("sequence_parallel"))

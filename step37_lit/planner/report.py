@@ -50,6 +50,7 @@ def as_dict(plan: Plan, hardware: Hardware) -> dict[str, Any]:
     return {
         "layout": layout,
         "recompute": plan.training.recompute,
+        "recompute_layers": plan.training.recompute_layers,
         "vision_recompute": plan.training.vision_recompute,
         "microbatches": plan.training.microbatches,
         "stages": stages,
@@ -105,7 +106,10 @@ def stage_table(config: Step37Config, plan: Plan, hardware: Hardware) -> Table:
     for stage in plan.memory:
         kept = []
         for mode, vision in modes:
-            training = dataclasses.replace(plan.training, recompute=mode, vision_recompute=vision)
+            layers = plan.training.recompute_layers if mode == plan.training.recompute else None
+            training = dataclasses.replace(
+                plan.training, recompute=mode, recompute_layers=layers, vision_recompute=vision
+            )
             rows = ActivationTable(config, plan.layout, training)
             chunks = [rows.chunk_bytes(chunk) for chunk in plan.layout.chunks_of_stage(stage.stage)]
             used = (mode, vision) == (plan.training.recompute, plan.training.vision_recompute)

@@ -75,11 +75,11 @@ def layouts(config: Step37Config, ranks: int, tokens: int, gpus_per_node: int) -
             for context in _divisors(ranks // tensor // pipeline):
                 if context > 1 and (tokens % (2 * context) or tokens // context < LEAST_TOKENS_OF_CONTEXT_RANK):
                     continue
-                for expert in _divisors(text.num_experts) if text.moe_layers else [1]:
+                splits = itertools.product(_divisors(text.num_experts), {1, tensor}) if text.moe_layers else [(1, 1)]
+                for expert, expert_tensor in splits:
                     for chunks in range(1, MOST_CHUNKS_OF_STAGE + 1 if pipeline > 1 else 2):
-                        layout = PlannedLayout(
-                            ranks, tensor, pipeline, chunks, expert, 1, context, sequence_parallel=tensor > 1
-                        )
+                        sizes = (ranks, tensor, pipeline, chunks, expert, expert_tensor, context)
+                        layout = PlannedLayout(*sizes, sequence_parallel=tensor > 1)
                         if chunks * pipeline <= text.num_layers and _divides(config, layout):
                             yield layout
 
@@ -106,7 +106,7 @@ def _modes(config: Step37Config, training: Training) -> list[Training]:
     """Every recomputation, from the one that adds fewest operations on."""
     forward = training.pack.flops(config)
     modes = [
-        dataclasses.replace(training, recompute=recompute, vision_recompute=vision)
+        dataclasses.replace(training, recompute=recompute, recompute_layers=None, vision_recompute=vision)
         for recompute in RECOMPUTED
         for vision in ((False, True) if training.pack.images and "vision" not in training.frozen else (False,))
     ]

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from layout_parity import Layout
-from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from torch import Tensor
 
 from step37_lit.megatron import data_parallel, schedule
 from step37_lit.model.experts import GroupedExperts
@@ -76,6 +77,26 @@ def chunks_share_an_iterator(patch: Patch) -> None:
     patch.setattr(schedule, "get_forward_backward_func", replaced)
 
 
+def outputs_of_this_rank(patch: Patch) -> None:
+    """An expert's output is what the rank's own share of its inner width gives."""
+
+    def own_rows(rows: Tensor, group: Any, input_split_sizes: list[int]) -> Tensor:
+        return rows.split(input_split_sizes)[group.rank()]
+
+    patch.setattr(token_dispatcher, "reduce_scatter_to_sequence_parallel_region", own_rows)
+
+
+def gate_and_up_as_one_block(patch: Patch) -> None:
+    """The first rank has an expert's whole gate, the second its whole up."""
+    original = GroupedExperts.__init__
+
+    def replaced(self: GroupedExperts, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.weight1.partition_stride = 1
+
+    patch.setattr(GroupedExperts, "__init__", replaced)
+
+
 SP = {"tensor": 2, "sequence_parallel": True}
 BROKEN: dict[str, Broken] = {
     "norms' gradients not summed over sequence ranks": Broken(
@@ -86,6 +107,12 @@ BROKEN: dict[str, Broken] = {
     ),
     "experts' gradients summed over expert ranks": Broken(Layout(2, {"expert": 2}), experts_like_other_weights),
     "router's bias moved by a rank's own counts": Broken(Layout(2, {"expert": 2}), counts_of_this_rank),
+    "experts' outputs not summed over expert-tensor ranks": Broken(
+        Layout(2, SP | {"expert_tensor": 2}), outputs_of_this_rank
+    ),
+    "an expert's gate on one rank, its up on the other": Broken(
+        Layout(2, SP | {"expert_tensor": 2}), gate_and_up_as_one_block
+    ),
     "virtual stages share a data iterator": Broken(
         Layout(2, {"pipeline": 2, "virtual_pipeline": 2}), chunks_share_an_iterator
     ),

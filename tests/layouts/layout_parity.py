@@ -11,8 +11,8 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import spawn
 
 WORKER = Path(__file__).with_name("parity_worker.py")
-STEPS = 20
+STEPS, FAULT_STEPS = 20, 5
 LAYERS = 4  # of the decoder; the last two have experts
 # At a rate of 1e-4 the weights move by up to 2e-3 in these steps. Largest differences measured over the whole table in
 # docs/layouts.md: see its last line.
@@ -33,6 +33,7 @@ class Layout:
 
     Args:
         overlap: Of the exchange with data-parallel ranks.
+        dense: Without experts.
         broken: A fault of `broken_layouts.py`.
     """
 
@@ -40,6 +41,7 @@ class Layout:
     split: dict[str, Any] = field(default_factory=dict)
     recompute: dict[str, Any] = field(default_factory=dict)
     overlap: bool = False
+    dense: bool = False
     broken: str | None = None
 
     @property
@@ -54,10 +56,11 @@ class Layout:
         if "pipeline_layout" in split:
             parts.append(str(split["pipeline_layout"]))
         parts += [f"CP{context}"] if context > 1 else []
-        parts += [f"EP{split['expert']}"] if split.get("expert", 1) > 1 else []
+        parts += [f"{name}{split[key]}" for name, key in (("EP", "expert"), ("ETP", "expert_tensor")) if key in split]
         data = self.ranks // (tensor * pipeline * context)
         parts += [f"DP{data}"] if data > 1 else []
         parts += ["overlap"] if self.overlap else []
+        parts += ["dense"] if self.dense else []
         parts += ["recompute: " + ", ".join(self._recomputed)] if self.recompute else []
         return " ".join(parts) or "one rank"
 
@@ -79,20 +82,31 @@ SHORT = [
 ]
 
 
-def all_layouts(contexts: Iterable[int] = (1,)) -> list[Layout]:
-    """Every combination on up to four ranks that the model can be split by, uneven pieces, and recomputation."""
+def combinations() -> list[Layout]:
+    """Every one on up to four ranks that the model can be split by."""
     layouts = []
-    for ranks, tensor, sequence, (pipeline, virtual), context, expert in itertools.product(
-        (1, 2, 4), (1, 2), (False, True), ((1, None), (2, None), (2, 2), (4, None)), contexts, (1, 2, 4)
+    for ranks, tensor, sequence, (pipeline, virtual), context, expert, expert_tensor in itertools.product(
+        (1, 2, 4), (1, 2), (False, True), ((1, None), (2, None), (2, 2), (4, None)), (1, 2, 4), (1, 2, 4), (1, 2)
     ):
-        used = tensor * pipeline * context
-        if ranks % used or (ranks // pipeline) % expert or (sequence and tensor == 1):
+        used, of_experts = tensor * pipeline * context, expert * expert_tensor
+        if ranks % used or (ranks // pipeline) % of_experts:
             continue
-        split: dict[str, Any] = {"tensor": tensor, "pipeline": pipeline, "context": context, "expert": expert}
+        if tensor == 1 and (sequence or expert_tensor > 1):
+            continue
+        split: dict[str, Any] = {"tensor": tensor, "pipeline": pipeline, "context": context}
+        split |= {"expert": expert, "expert_tensor": expert_tensor}
         split = {name: size for name, size in split.items() if size > 1}
         split |= {"sequence_parallel": True} if sequence else {}
         split |= {"virtual_pipeline": virtual} if virtual else {}
         layouts.append(Layout(ranks, split))
+    return layouts
+
+
+def all_layouts() -> list[Layout]:
+    """Every combination, uneven pieces, recomputation, overlap, and context ranks of the model without experts."""
+    layouts = combinations()
+    dense = [replace(each, dense=True) for each in layouts if "context" in each.split and "expert" not in each.split]
+    layouts += [each for each in dense if "expert_tensor" not in each.split]
     uneven = [
         Layout(2, {"pipeline": 2, "pipeline_layout": [1, 3]}),
         Layout(2, {"pipeline": 2, "pipeline_layout": [3, 1]}),
@@ -108,6 +122,7 @@ def all_layouts(contexts: Iterable[int] = (1,)) -> list[Layout]:
         Layout(2, overlap=True),
         Layout(2, {"expert": 2}, overlap=True),
         Layout(4, {"pipeline": 2, "virtual_pipeline": 2}, overlap=True),
+        Layout(4, {"context": 2}, overlap=True),
         Layout(4, {"tensor": 2, "sequence_parallel": True, "expert": 2}, overlap=True),
     ]
     recomputing = [Layout(ranks, split, mode) for ranks, split in splits for mode in modes]
@@ -136,20 +151,37 @@ class Difference:
         return all(figure <= limit for figure, limit in zip(figures, limits, strict=True)) and self.bias <= 1e-6
 
 
-def reference(folder: Path, steps: int = STEPS) -> None:
-    """Trains on one rank and leaves its figures and weights in the folder."""
-    _run(folder, [Layout(1)], steps)
+def reference(folder: Path, steps: int = STEPS, models: Sequence[bool] = (False,)) -> None:
+    """Trains on one rank and leaves its figures and weights in the folder.
+
+    Args:
+        folder: For `measure`.
+        steps: Of its layouts; the weights after the faults' steps are left too.
+        models: Which are trained: with experts (False), dense (True).
+    """
+    alone = [Layout(1, dense=dense) for dense in models]
+    (found,) = _run(folder, alone, steps, keep=[min(steps, FAULT_STEPS), steps])
+    for layout, figures in zip(alone, found, strict=True):
+        _reference_file(folder, layout).write_text(json.dumps(figures))
 
 
 def measure(folder: Path, layouts: Sequence[Layout], steps: int = STEPS) -> list[Difference]:
     """Trains in each layout (all with the same number of ranks) and compares with the folder's `reference`."""
     found = _run(folder, layouts, steps)
-    alone = json.loads((folder / "reference.json").read_text())
-    return [_difference([rank[number] for rank in found], alone) for number in range(len(layouts))]
+    differences = []
+    for number, layout in enumerate(layouts):
+        alone = json.loads(_reference_file(folder, layout).read_text())
+        differences.append(_difference([rank[number] for rank in found], alone))
+    return differences
+
+
+def _reference_file(folder: Path, layout: Layout) -> Path:
+    return folder / f"reference_{'dense' if layout.dense else 'experts'}.json"
 
 
 def _difference(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> Difference:
-    pairs = [pair for rank in ranks for pair in zip(rank["rows"], alone["rows"], strict=True)]
+    expected = alone["rows"][: len(ranks[0]["rows"])]
+    pairs = [pair for rank in ranks for pair in zip(rank["rows"], expected, strict=True)]
     losses = [a / b - 1 for row, expected in pairs for a, b in zip(row["losses"], expected["losses"], strict=True)]
     norms = [row["norm"] / expected["norm"] - 1 for row, expected in pairs]
     names = set().union(*(rank["names"] for rank in ranks))
@@ -163,10 +195,16 @@ def _largest(values: list[float]) -> float:
     return math.inf if any(math.isnan(value) for value in values) else max(abs(value) for value in values)
 
 
-def _run(folder: Path, layouts: Sequence[Layout], steps: int) -> list[list[dict[str, Any]]]:
+def _steps(layout: Layout, steps: int) -> int:
+    """A fault shows at once."""
+    return steps if layout.broken is None else min(steps, FAULT_STEPS)
+
+
+def _run(folder: Path, layouts: Sequence[Layout], steps: int, keep: Sequence[int] = ()) -> list[list[dict[str, Any]]]:
     (ranks,) = {layout.ranks for layout in layouts}
     plain = [asdict(layout) for layout in layouts]
-    job = {"folder": str(folder), "layouts": plain, "steps": steps}
+    job = {"folder": str(folder), "layouts": plain, "steps": [_steps(layout, steps) for layout in layouts]}
+    job["keep"] = list(keep)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = spawn.run([*torchrun, str(WORKER), json.dumps(job)], timeout=60.0 + 60.0 * len(layouts))
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"

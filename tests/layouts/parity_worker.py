@@ -1,6 +1,6 @@
 """Trains the model of `layout_parity.py` in one layout after the other; started by `layout_parity.measure`.
 
-torchrun ... tests/layouts/parity_worker.py '{"folder": ..., "layouts": [...], "steps": 20}'
+torchrun ... tests/layouts/parity_worker.py '{"folder": ..., "layouts": [...], "steps": [of each], "keep": [5, 20]}'
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ PACKS = 4  # of a step
 SEED = 11
 
 
-def config() -> Step37Config:
-    return with_overrides(Step37Config.preset("tiny_moe"), text=TEXT | MTP, vision=VISION)
+def config(dense: bool) -> Step37Config:
+    text = TEXT | MTP | ({"moe_layers": ()} if dense else {})
+    return with_overrides(Step37Config.preset("tiny_moe"), text=text, vision=VISION)
 
 
 def step_packs(step: int) -> list[PackedBatch]:
@@ -55,7 +56,7 @@ def step_packs(step: int) -> list[PackedBatch]:
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     numbers = range(step * PACKS + rank, (step + 1) * PACKS, ranks)
     return [
-        PackedBatch.from_samples([sample(3 * n + i, SEED) for i in range(3)], pad_to=72 + 4 * (n % 2)) for n in numbers
+        PackedBatch.from_samples([sample(3 * n + i, SEED) for i in range(3)], pad_to=72 + 8 * (n % 2)) for n in numbers
     ]
 
 
@@ -71,7 +72,8 @@ def whole_weights(model: Step37Model | ModelChunks, full: dict[str, Tensor] | No
             expected = weight if full is None else full[name]
             module = experts.get(local.rpartition(".")[0])
             if full is not None and module is not None:
-                expected = expected[list(module.expert_indices)]
+                group, expected = module.tp_group, expected[list(module.expert_indices)]
+                expected = tensor_share(weight, expected, dist.get_world_size(group), dist.get_rank(group))
             elif full is not None and getattr(weight, "tensor_model_parallel", False):
                 group = parallel_state.get_tensor_model_parallel_group()
                 expected = tensor_share(weight, expected, dist.get_world_size(group), dist.get_rank(group))
@@ -79,15 +81,22 @@ def whole_weights(model: Step37Model | ModelChunks, full: dict[str, Tensor] | No
     return held
 
 
-def train(
-    layout: ParallelLayout, recompute: Recompute, overlap: bool, steps: int, full: dict[str, Tensor] | None
-) -> dict[str, Any]:
+def train(each: dict[str, Any], steps: int, keep: list[int], folder: Path) -> dict[str, Any]:
+    """Trains in one layout and compares the weights with those that `folder` has of one rank after as many steps.
+
+    Args:
+        each: Fields of `Layout`.
+        steps: To take.
+        keep: Steps after which the weights are left in the folder, where this is the one rank.
+        folder: Of the references.
+    """
+    layout, model_config = ParallelLayout(**each["split"]), config(each["dense"])
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     process.initialize(layout)
-    layout.validate(config(), dist.get_world_size())
-    model = build_stage(config(), layout, recompute=recompute, seed=5)
-    ddps = data_parallel.wrap(model, overlap)
+    layout.validate(model_config, dist.get_world_size())
+    model = build_stage(model_config, layout, recompute=Recompute(**each["recompute"]), seed=5)
+    ddps = data_parallel.wrap(model, each["overlap"])
     optimizer = ForwardingOptimizer(ddps, AdamWSettings(lr=1e-4), clip_grad=1.0, dtype=torch.float32)
     rows = []
     for step in range(steps):
@@ -97,35 +106,35 @@ def train(
         result = schedule.train_step(ddps, step_packs(step))
         optimizer.step()
         rows.append({"losses": [float(result.loss), *result.mtp_losses.tolist()], "norm": optimizer.grad_norm})
+        if step + 1 in keep:
+            kept = {name: own.clone() for name, (own, _) in whole_weights(model, None).items()}
+            torch.save(kept, weights_file(folder, each["dense"], step + 1))
     data_parallel.gather_weights(ddps)
-    held = whole_weights(model, full)
+    held = whole_weights(model, torch.load(weights_file(folder, each["dense"], steps)))
     differences = {name: float((own - expected).abs().max()) for name, (own, expected) in held.items()}
     return {
         "rows": rows,
         "names": sorted(held),
         "weights": max(value for name, value in differences.items() if not name.endswith("expert_bias")),
         "bias": max([0.0, *(value for name, value in differences.items() if name.endswith("expert_bias"))]),
-        "held": {name: own for name, (own, _) in held.items()},
     }
+
+
+def weights_file(folder: Path, dense: bool, steps: int) -> Path:
+    """Weights of one rank after some steps."""
+    return folder / f"{'dense' if dense else 'experts'}_{steps}.pt"
 
 
 def main() -> None:
     job = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     folder = Path(job["folder"])
-    weights = folder / "reference.pt"
-    full = torch.load(weights) if weights.exists() else None
     found = []
-    for each in job["layouts"]:
+    for each, steps in zip(job["layouts"], job["steps"], strict=True):
         with pytest.MonkeyPatch.context() as patch:
             if each["broken"] is not None:
                 broken_layouts.BROKEN[each["broken"]].patch(patch)
-            layout, recompute = ParallelLayout(**each["split"]), Recompute(**each["recompute"])
-            found.append(train(layout, recompute, each["overlap"], job["steps"], full))
-    held = [one.pop("held") for one in found]
-    if full is None:
-        torch.save(held[0], weights)
-        (folder / "reference.json").write_text(json.dumps(found[0]))
+            found.append(train(each, steps, job["keep"], folder))
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
     process.shutdown()
 

@@ -15,7 +15,7 @@ from typing import Any
 WORKER = Path(__file__).with_name("train_worker.py")
 
 
-def run(command: list[str], timeout: float = 120.0) -> subprocess.CompletedProcess:
+def run(command: list[str], timeout: float = 300.0) -> subprocess.CompletedProcess:
     """Runs a command in a process group of its own, so that a time-out leaves none of its ranks behind."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     # Files and not pipes: a rank that is left behind would keep a pipe open, and reading it would never end.

@@ -18,7 +18,11 @@ from step37_lit.hub.importing import import_hub
 from tests.hub_folders import assert_same_tensors, every_feature, read_hub, write_hub
 
 WORKER = Path(__file__).with_name("hub_worker.py")
-LAYOUTS: dict[str, dict[str, Any]] = {"tensor": {"tensor": 2}, "expert": {"expert": 2}, "pipeline": {"pipeline": 2}}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tensor": {"tensor": 2, "expert_tensor": 2},
+    "expert": {"expert": 2},
+    "pipeline": {"pipeline": 2},
+}
 
 
 def on_ranks(folder: Path, hubs: list[Path], checkpoint: Path, **layout: Any) -> list[dict[str, Any]]:

@@ -28,6 +28,16 @@ TOLERANCE = 0.10
 DENSE = {"text": TEXT, "vision": VISION}
 MTP = {"text": MTP_TEXT, "vision": VISION}
 MOE = {"preset": "tiny_moe", "text": TEXT, "vision": VISION}
+MOE_MTP = MOE | {
+    "text": TEXT
+    | {
+        "num_mtp_layers": 2,
+        "mtp": True,
+        "layer_types": ["full_attention", *["sliding_attention"] * 5],
+        "swiglu_limits": [None] * 6,
+        "swiglu_limits_shared": [None] * 6,
+    }
+}
 CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
     "one rank, bf16, MTP": (1, {}, MTP, "bf16"),
     "data parallel 2": (2, {}, DENSE, "fp32"),
@@ -35,6 +45,18 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
     "tensor parallel 2 with sequence parallelism, experts": (2, {"tensor": 2, "sequence_parallel": True}, MOE, "fp32"),
     "pipeline 2, MTP": (2, {"pipeline": 2}, MTP, "fp32"),
     "expert parallel 2": (2, {"expert": 2}, MOE, "fp32"),
+    "experts split over tensor ranks": (2, {"tensor": 2, "sequence_parallel": True, "expert_tensor": 2}, MOE, "fp32"),
+    "experts split over tensor ranks, bf16": (2, {"tensor": 2, "expert_tensor": 2, "expert": 1}, MOE, "bf16"),
+    "virtual stages, MTP": (2, {"pipeline": 2, "virtual_pipeline": 2}, MOE_MTP, "fp32"),
+    "context 2, MTP": (2, {"context": 2}, MOE_MTP, "fp32"),
+    "context 2, bf16": (2, {"context": 2}, MTP, "bf16"),
+    "selective": (1, {"recompute": "selective"}, MOE_MTP, "fp32"),
+    "selective, bf16": (1, {"recompute": "selective"}, MOE, "bf16"),
+    "full": (1, {"recompute": "full"}, MOE_MTP, "fp32"),
+    "full, pipeline 2, bf16": (2, {"pipeline": 2, "recompute": "full"}, MOE_MTP, "bf16"),
+    "full, one layer": (1, {"recompute": "full", "recompute_layers": 1}, MOE, "fp32"),
+    "full and vision, context 2": (2, {"context": 2, "recompute": "full", "recompute_vision": True}, MOE, "fp32"),
+    "vision": (1, {"recompute_vision": True}, DENSE, "fp32"),
     "projector alone trains": (1, {}, DENSE | {"freeze_language_model": True, "freeze_vision_model": True}, "fp32"),
 }
 
@@ -48,6 +70,7 @@ def run(folder: Path, devices: int, strategy: dict, module: dict, dtype: str) ->
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(devices)]
 
 
+RECOMPUTATION = ("recompute", "recompute_layers", "recompute_vision")
 SLOW = ("data parallel 2", "tensor parallel 2, bf16")  # the others cover what is in them
 
 
@@ -58,7 +81,10 @@ def test_prediction(name: str, tmp_path: Path) -> None:
     config = with_overrides(
         Step37Config.preset(module.get("preset", "tiny")), text=module["text"], vision=module["vision"]
     )
-    layout = PlannedLayout(ranks=devices, **strategy)
+    recomputation = {name: strategy[name] for name in strategy if name.startswith("recompute")}
+    recomputation |= {"vision_recompute": recomputation.pop("recompute_vision", False)}
+    sizes = {name: size for name, size in strategy.items() if name not in RECOMPUTATION}
+    layout = PlannedLayout(ranks=devices, **sizes)
     layout.validate(config)
     arguments = {"freeze_language_model": "language", "freeze_vision_model": "vision"}
     frozen = frozenset(part for argument, part in arguments.items() if module.get(argument))
@@ -73,12 +99,12 @@ def test_prediction(name: str, tmp_path: Path) -> None:
             # Packs of a step differ a little: the mean of what each would need if all were like it.
             for pack in rank["packs"]:
                 shape = Pack(tuple(pack["lengths"]), pack["learnt"], tuple((s, n) for s, n in pack["images"]))
-                training = Training(shape, len(rank["packs"]), dtype, frozen=frozen, kernels="cpu")
+                training = Training(shape, len(rank["packs"]), dtype, frozen=frozen, kernels="cpu", **recomputation)
                 predictions.append(stage_memory(config, layout, training, stage).activations)
         predicted = sum(predictions) / len(predictions)
         held = [rank["activations"] for rank in peers]
-        # Tensor ranks share the images, and the busiest one is planned for; experts' tokens are known on average only.
-        measured = max(held) if layout.tensor > 1 else sum(held) / len(held)
+        # Tensor and context ranks share the images, and the busiest one is planned for; experts' tokens are known on average only.
+        measured = max(held) if layout.tensor * layout.context > 1 else sum(held) / len(held)
         ratio = predicted / measured
         print(f"{name}, stage {stage}: predicted {predicted:.0f} bytes, measured {measured:.0f}: {ratio:.4f}")
         assert predicted == pytest.approx(measured, rel=TOLERANCE)

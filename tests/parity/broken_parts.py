@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from step37_lit.hub import conversions
+from step37_lit.hub.conversions import Shape
 from step37_lit.megatron import norm
 from step37_lit.model import step37_model, vision_tower
 
@@ -90,3 +94,11 @@ def positions_at_zero(text, position_ids: Tensor) -> Tensor:
 
 def not_causal(self: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q[None], k[None], v[None], scale=self.softmax_scale)[0]
+
+
+def one_behind_the_other(self: conversions.FuseQKV, fused: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+    return list(fused.split([shape[0] for shape in shapes]))
+
+
+def up_and_gate(self: conversions.GateUp, fused: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+    return list(fused.chunk(2, dim=-2))[::-1]

@@ -198,12 +198,12 @@ def _mutations() -> list[Mutation]:
         Mutation(
             "q, k, v stacked, not by group",
             everything,
-            function(conversions.FuseQKV, "from_hub", lambda self, tensors: torch.cat(list(tensors))),
+            function(conversions.FuseQKV, "views", broken_parts.one_behind_the_other),
         ),
         Mutation(
             "gate and up swapped",
             everything,
-            function(conversions.GateUp, "from_hub", lambda self, tensors: torch.cat(list(tensors)[::-1], dim=-2)),
+            function(conversions.GateUp, "views", broken_parts.up_and_gate),
         ),
         Mutation(
             "projector bias off", "projector_bias", change=lambda p, m: p.setattr(m.align_projector, "bias", None)

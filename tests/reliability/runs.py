@@ -186,10 +186,10 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
-def digests(checkpoint: Path) -> dict[str, str]:
+def digests(checkpoint: Path, parts: Sequence[str] = ("model", "optimizer")) -> dict[str, str]:
     """Of each whole tensor of a checkpoint's weights and optimizer state."""
     found = {}
-    for part in ("model", "optimizer"):
+    for part in parts:
         tensors = TensorFolder(checkpoint / part)
         for name in sorted(tensors.names()):
             raw = tensors.tensor(name).contiguous().flatten().view(torch.uint8).numpy().tobytes()
