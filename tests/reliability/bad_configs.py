@@ -47,9 +47,9 @@ VALUES: dict[str, list[str]] = {
     "model.betas": ["[0.9]", "[2,0.9]", "x", "[0.9,0.95,0.99]", "[-1,0.9]", "[0.9,1.0]"],
     "model.eps": ["-1", "x", "nan"],
     "model.lr_factors": ["{nothing.*: 1}", "x", "{vision_model.*: -1}", "{vision_model.*: x}"],
-    "model.text": ["3", "x", "[]", "{vocab_size: -1}", "{hidden_size: 33}", "{num_heads: 0}", "{layer_types: [x]}",
+    "model.text": ["3", "x", "[]", "{vocab_size: -1}", "{num_heads: 0}", "{layer_types: [x]}",
                    "{hidden_size: x}", "{hidden_size: 1.5}", "{vocab_size: null}", "{norm_eps: nan}",
-                   "{sliding_window: 0}", "{num_experts: -1}"],
+                   "{sliding_window: 0}", "{mtp: 1}"],
     "model.vision": ["x", "{image_size: 0}", "{patch_size: 0}", "{num_layers: -1}", "{width: 7}", "{num_heads: 5}"],
     "model.tokens": ["x", "{im_start: -1}", "{unknown: 3}", "{im_start: 1000000000}"],
     "model.freeze_language_model": ["maybe"],
@@ -89,8 +89,9 @@ RECIPES: dict[str, tuple[bytes, list[str]]] = {
     "a text": (b"model\n", ["mapping", "str"]),
     "unknown alias": (b"model: *nothing\n", ["YAML"]),
     "unknown tag": (b"model: !thing {a: 1}\n", ["YAML"]),
-    "deeply nested": (b"model: " + b"[" * 5000 + b"]" * 5000 + b"\n", ["recipe.yaml"]),
-    "a key twice": (b"model: {preset: tiny}\nmodel: {preset: flash}\n", ["model"]),
+    "deeply nested": (b"model: " + b"[" * 5000 + b"]" * 5000 + b"\n", ["YAML"]),
+    "a section twice": (b"model: {preset: tiny}\nmodel: {preset: flash}\n", ["'model' twice"]),
+    "a field twice": (b"model: {preset: tiny, preset: flash}\n", ["'preset' twice"]),
     "unknown section": (b"modle: {preset: tiny}\n", ["modle"]),
     "section is a number": (b"model: 3\ndata: {class_path: datamodules.scenes.ScenesDataModule}\n", ["model"]),
     "section is a list": (b"trainer: []\n", ["trainer"]),
@@ -111,7 +112,8 @@ def cases() -> Iterator[Case]:
     yield Case("mistake", "missing recipe", ("fit", "--config=none.yaml"), ("none.yaml",))
     for option, values in VALUES.items():
         for value in values:
-            named = option.split(".")[-1]
+            named = "RunCheckpoints." if "RunCheckpoints" in value else option.split(".")[-1]
+            named = "trainer" if option in ("trainer.devices", "trainer.accelerator") else named
             args = ("fit", f"--config={RECIPE}", f"--{option}={_escaped(value)}")
             yield Case("value", f"{option}={value}", args, (named,))
     for name, (content, words) in RECIPES.items():
