@@ -105,6 +105,7 @@ class PackedDataModule(pl.LightningDataModule):
         require(val_sets is None or val_share == 0, "data.val_share", "0 where data.val_sets is given", val_share)
         require(0 <= max_bad_share <= 1, "data.max_bad_share", "in [0, 1]", max_bad_share)
         require(prefetch > 0, "data.prefetch", "a positive number", prefetch)
+        require(num_workers >= 0, "data.num_workers", "0 or more", num_workers)
         self.train_configs, self.val_configs = _set_configs(sets), _set_configs(val_sets or [])
         require(len(self.train_configs) > 0, "data.sets", "at least one set", sets)
         self.config = Step37Config.preset(preset) if preset is not None else Step37Config.from_hub(str(hub))

@@ -212,6 +212,7 @@ class ScenesDataModule(pl.LightningDataModule):
         require(
             min(count_weights) >= 0 < sum(count_weights), "data.count_weights", "0 or more, not all 0", count_weights
         )
+        require(num_workers >= 0, "data.num_workers", "0 or more", num_workers)
         if tokenizer is not None:  # now, and not when a run has written its first files
             require(Path(tokenizer).is_file(), "data.tokenizer", "a file", tokenizer)
         self.config = Step37Config.preset(preset) if preset is not None else Step37Config.from_hub(str(hub))

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from step37_lit import run_checks, signals
-from step37_lit.errors import DISK_ERRORS, ConfigError, UserError, disk_error
+from step37_lit.errors import DISK_ERRORS, ConfigError, UserError, disk_error, require
 from step37_lit.exit_codes import FAULT, USER_ERROR
 from step37_lit.faults import TrainingFault
 from step37_lit.lit_module import Step37LitModule, megatron_strategy
@@ -153,7 +153,12 @@ class Step37CLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         if config["logger"] in (None, True):
             kwargs["logger"] = self._run_loggers(config["default_root_dir"]) if self.subcommand == "fit" else False
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise ConfigError("trainer", "options that Lightning's Trainer takes", str(error)) from error
 
     def _run_loggers(self, root: str) -> list[Logger]:
         metrics = RunCSVLogger(root, continues=self._resume.path is not None)
@@ -174,6 +179,15 @@ class Step37CLI(LightningCLI):
                 lines += left_to_train(self._resume.path, self.trainer.max_steps)
         if rank_zero_only.rank == 0 and self.subcommand == "fit":
             print("\n".join(lines), flush=True)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would read options out of any file that is named, and put them above the recipe's."""
+
+    def _set_seed(self) -> None:
+        seed = self.config[self.subcommand]["seed_everything"]
+        known = type(seed) is int and 0 <= seed < 2**32
+        require(known, "seed_everything", "0 to 4294967295 (a run has one seed, which is written down)", seed)
+        super()._set_seed()
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         # The Trainer knows the path already, so that it is verified before anything is set up.

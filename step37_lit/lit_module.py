@@ -308,8 +308,18 @@ def with_overrides(config: Step37Config, **parts: dict[str, Any] | None) -> Step
                 hint = f" (did you mean {close[0]}?)" if close else ""
                 raise ConfigError(f"model.{part}.{name}", f"a field of the {part} config{hint}", overrides[name])
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in overrides.items()}
+        _check_numbers(part, getattr(config, part), values)
         try:
             replaced[part] = dataclasses.replace(getattr(config, part), **values)
         except TypeError as error:
             raise ConfigError(f"model.{part}", f"values of the fields' types ({error})", overrides) from error
     return dataclasses.replace(config, **replaced)
+
+
+def _check_numbers(name: str, config: Any, values: dict[str, Any]) -> None:
+    """Raises `ConfigError` for a fraction or a text where the config has a whole number, and the like."""
+    kinds: dict[type, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,)}
+    for field, value in values.items():
+        kind = type(getattr(config, field))
+        if kind in kinds and type(value) not in kinds[kind]:
+            raise ConfigError(f"model.{name}.{field}", f"a value such as {getattr(config, field)}", value)

@@ -6,6 +6,7 @@ planner.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,25 @@ def _read(file: Path) -> dict[str, Any]:
 
     require(file.is_file(), "--config", "a file", str(file))
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_loader())
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ConfigError("recipe", "YAML", " ".join(str(error).split()), file=file) from error
     if not isinstance(content, dict):
         raise ConfigError("recipe", "a mapping of sections", type(content).__name__, file=file)
     return content
+
+
+@functools.cache
+def _loader() -> Any:
+    """PyYAML's safe loader, which takes the last of two fields of one name without a word; this one refuses them."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names = [self.construct_object(key, deep=True) for key, _ in node.value if key.value != "<<"]
+            for name in names:
+                if names.count(name) > 1:
+                    raise yaml.constructor.ConstructorError(None, None, f"field {name!r} twice", node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    return Loader

@@ -105,6 +105,7 @@ def _run(function: Callable[..., int | None], args: tuple, cwd: str, log: str, e
         file = os.open(Path(log).with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(file, descriptor)
         os.close(file)
+    multiprocessing.set_start_method("fork", force=True)  # as in a command's process, for loader workers
     os.environ.update(environment)
     os.chdir(cwd)
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # may have loader workers
