@@ -137,7 +137,7 @@ class RowDecoder:
         """[R] -> [R, 1, H] on all stages; only the first one has the embedding."""
         first = self.chunks[0][0]
         if first.pre_process:
-            embeddings = first.embedding(input_ids=tokens[None], position_ids=None)
+            embeddings = first.forward_head(tokens[None])
         else:
             shape = (len(tokens), 1, self.config.hidden_size)
             embeddings = torch.empty(shape, dtype=self.config.params_dtype, device=tokens.device)

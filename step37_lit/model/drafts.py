@@ -27,8 +27,9 @@ from step37_lit.model.rotary import rotary_table
 class Drafts:
     """The MTP layers' part of the rows; on the last pipeline stage.
 
-        keep(...)      behind each pass of the decoder       take_back, select   as `KVCache`'s
-        begin()        opens a round                         next(embeddings)    once for each layer: drafted tokens
+        keep(...)                          behind each pass of the decoder
+        take_back(counts), select(rows)    as `KVCache`'s
+        begin(), next(layer, embeddings) once for each layer, end()    a round
 
     Args:
         mtp: The layers.
