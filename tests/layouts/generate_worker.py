@@ -67,10 +67,10 @@ def main() -> None:
     if job["shared_out"]:  # each data-parallel rank has prompts of its own
         ranks = parallel_state.get_data_parallel_world_size()
         prompts = prompts[parallel_state.get_data_parallel_rank() :: ranks]
-    generator = Generator(model, Step37Tokenizer.train(["a"], 300), batch_size=8)
     found: dict[str, list] = {}
     steps = []
     for settings in job["settings"]:
+        generator = Generator(model, Step37Tokenizer.train(["a"], 300), batch_size=8)
         for each in generator.generate(prompts, GenerationSettings(**settings)):
             found[f"{settings} {each[0].key}"] = [[list(c.tokens), c.logprob] for c in each]
         steps.append(generator.tokens_per_step)
