@@ -65,11 +65,11 @@ def main() -> None:
     )
     lit = Step37LitModule(**module_arguments(**job["module"]))
     trainer.fit(lit, datamodule=TinyData(**job["data"]))
-    ddp, optimizer = trainer.strategy.ddps[0], trainer.strategy.optimizers[0]
+    optimizer = trainer.strategy.optimizers[0]
     weights = [*lit.model.parameters(), *lit.model.buffers()]
     state = [value for inner in optimizer.inner for of_shard in inner.state.values() for value in of_shard.values()]
     main_params = [shard.main for shard in optimizer.shards() if shard.parameter.dtype != torch.float32]
-    buffers = ddp.buffers + ddp.expert_parallel_buffers
+    buffers = [buffer for ddp in trainer.strategy.ddps for buffer in ddp.buffers + ddp.expert_parallel_buffers]
     seen = {
         "names": [name for name, _ in lit.model.named_parameters()],
         "parameters": sum(p.numel() for p in lit.model.parameters()),

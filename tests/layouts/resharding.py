@@ -38,11 +38,16 @@ MOE: dict[str, tuple[int, dict[str, Any]]] = {
     "DP2": (2, {}),
     "EP2": (2, {"expert": 2}),
     "PP2": (2, {"pipeline": 2}),
+    "PP2xVPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "CP2": (2, {"context": 2}),
+    "CP2 EP2": (2, {"context": 2, "expert": 2}),
+    "TP2+SP ETP2": (2, {"tensor": 2, "sequence_parallel": True, "expert_tensor": 2}),
     "TP2+SP EP2": (2, {"tensor": 2, "sequence_parallel": True, "expert": 2}),
     "EP4": (4, {"expert": 4}),
     "EP2 DP2": (4, {"expert": 2}),
     "PP2 EP2": (4, {"pipeline": 2, "expert": 2}),
     "TP2+SP PP2": (4, {"tensor": 2, "pipeline": 2, "sequence_parallel": True}),
+    "TP2+SP EP2 ETP2": (4, {"tensor": 2, "sequence_parallel": True, "expert": 2, "expert_tensor": 2}),
 }
 MODELS: dict[str, tuple[dict, dict[str, Any]]] = {"dense": (DENSE, {}), "moe": (MOE, {"preset": "tiny_moe"})}
 
@@ -59,7 +64,7 @@ def run(root: Path, model: str, sources: dict[str, list[str]]) -> None:
         start(root, devices, json.dumps(cases))
 
 
-def start(root: Path, devices: int, cases: str) -> None:
+def start(root: Path, devices: int, cases: str, worker: Path = WORKER) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -68,7 +73,7 @@ def start(root: Path, devices: int, cases: str) -> None:
     for rank, log in enumerate(logs):
         environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
         with log.open("w") as output:
-            command = [sys.executable, str(WORKER), cases]
+            command = [sys.executable, str(worker), cases]
             ranks.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
     try:
         codes = [process.wait(TIMEOUT) for process in ranks]

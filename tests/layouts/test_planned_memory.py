@@ -22,8 +22,8 @@ from step37_lit.planner.weights import rank_weights, state_bytes
 from step37_lit.planner.work import Pack, Training
 
 WORKER = Path(__file__).with_name("planner_worker.py")
-# Relative, of the peak of saved tensors (mean of the ranks of a stage). Measured: at most 1% off, with experts under
-# sequence parallelism 3.5% (which tokens reach a rank is not for a planner to know, only their mean).
+# Relative, of the peak of saved tensors. Measured: at most 2% off, with experts or pictures that ranks share 3.7% (which
+# tokens reach a rank is not for a planner to know, only their mean).
 TOLERANCE = 0.10
 DENSE = {"text": TEXT, "vision": VISION}
 MTP = {"text": MTP_TEXT, "vision": VISION}
@@ -71,10 +71,17 @@ def run(folder: Path, devices: int, strategy: dict, module: dict, dtype: str) ->
 
 
 RECOMPUTATION = ("recompute", "recompute_layers", "recompute_vision")
-SLOW = ("data parallel 2", "tensor parallel 2, bf16")  # the others cover what is in them
+QUICK = (
+    "one rank, bf16, MTP",
+    "experts split over tensor ranks",
+    "virtual stages, MTP",
+    "selective",
+    "full and vision, context 2",
+    "projector alone trains",
+)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else []) for n in CASES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in CASES])
 def test_prediction(name: str, tmp_path: Path) -> None:
     devices, strategy, module, dtype = CASES[name]
     ranks = run(tmp_path, devices, strategy, module, dtype)

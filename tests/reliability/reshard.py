@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.layouts.resharding import MODELS, check_pairs
 from tests.reliability.figure import Figure
 
-SHORT = [("dense", ["DP2", "PP2"], ["TP2"]), ("moe", ["EP2"], ["PP2"])]
+SHORT = [("dense", ["DP2", "PP2"], ["TP2"]), ("moe", ["EP2"], ["PP2xVPP2"])]
 
 
 def measure(full: bool, seed: int, folder: Path) -> Figure:
