@@ -35,7 +35,8 @@ REFUSED: list[tuple[int, dict[str, Any], str]] = [
     (
         8,
         {"tensor": 4, "expert_tensor": 4, "expert": 4},
-        "strategy.expert: expected a divisor of the 8 processes of a pipeline stage / expert_tensor 4 (nearest: 2), found 4",
+        "strategy.expert: expected a divisor of the 8 processes of a pipeline stage / expert_tensor 4 (nearest: 2), "
+        "found 4",
     ),
     (
         12,

@@ -101,8 +101,7 @@ class _Costs:
         plain = dataclasses.replace(training, recompute="none").passes
         self.operations = [[passes.dot(flops) for flops in forward] for passes in (training.passes, plain)]
         self.operations_beside = [
-            chunk_operations(config, layout, training, chunk)
-            - self._sum(self.operations, slice(span.start, span.stop))
+            chunk_operations(config, layout, training, chunk) - self._sum(self.operations, slice(span.start, span.stop))
             for chunk, span in enumerate(spans)
         ]
 

@@ -73,7 +73,9 @@ def read_recipe(files: list[str], ranks: int | None) -> Recipe:
     frozen = frozenset(part for argument, part in FREEZING.items() if model.get(argument))
     packs = data.get("max_length"), data.get("microbatches")
     recompute = arguments.get("recompute", "none"), arguments.get("recompute_layers")
-    return Recipe(config, frozen, layout, PRECISIONS[precision], *packs, *recompute, bool(arguments.get("recompute_vision")))
+    return Recipe(
+        config, frozen, layout, PRECISIONS[precision], *packs, *recompute, bool(arguments.get("recompute_vision"))
+    )
 
 
 def _section(content: dict[str, Any], name: str, file: str) -> dict[str, Any]:

@@ -82,8 +82,8 @@ class Training:
         pack: Every micro-batch.
         microbatches: Of a step, on each data-parallel rank.
         dtype: Of parameters and activations.
-        recompute: What the decoder layers compute again in the backward pass: nothing, core attention and SwiGLUs, whole
-            layers.
+        recompute: What the decoder layers compute again in the backward pass: nothing, core attention and SwiGLUs, or
+            whole layers.
         recompute_layers: Only the first layers of each chunk, this many, beside the MTP layers; None is all.
         vision_recompute: Compute the vision tower's blocks again in the backward pass.
         frozen: Parts that do not train.

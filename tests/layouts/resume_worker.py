@@ -2,8 +2,8 @@
 
 RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 ... python tests/layouts/resume_worker.py '[{"folder": ..., "strategy": {}, ...}]'
 
-Each case leaves its rows (loss, gradient norm, learning rate) in FOLDER/rows.json and its state in FOLDER/end. All cases
-of N ranks run in the same processes.
+Each case leaves its rows (loss, gradient norm, learning rate) in FOLDER/rows.json and its state in FOLDER/end. All
+cases of N ranks run in the same processes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class SaveAtEnd(pl.Callback):
 def run(case: dict[str, Any], devices: int) -> None:
     folder, record = Path(case["folder"]), Record()
     arguments = trainer_arguments(folder, devices=devices, max_steps=case["steps"], limit_val_batches=0)
-    trainer = pl.Trainer(strategy=MegatronStrategy(**case["strategy"]), callbacks=[record, SaveAtEnd(folder)], **arguments)
+    trainer = pl.Trainer(
+        strategy=MegatronStrategy(**case["strategy"]), callbacks=[record, SaveAtEnd(folder)], **arguments
+    )
     # A low rate: at a higher one routing flips where two scores are equal to rounding, in one rank's run too.
     module = Step37LitModule(**module_arguments(preset="tiny_moe", lr=2e-4, decay_steps=40))
     trainer.fit(module, datamodule=TinyData(steps=40), ckpt_path=case["source"])

@@ -22,8 +22,8 @@ from step37_lit.planner.weights import rank_weights, state_bytes
 from step37_lit.planner.work import Pack, Training
 
 WORKER = Path(__file__).with_name("planner_worker.py")
-# Relative, of the peak of saved tensors. Measured: at most 2% off, with experts or pictures that ranks share 3.7% (which
-# tokens reach a rank is not for a planner to know, only their mean).
+# Relative, of the peak of saved tensors. Measured: at most 3.7% off (which tokens reach an expert is not for a planner to
+# know, only their mean).
 TOLERANCE = 0.10
 DENSE = {"text": TEXT, "vision": VISION}
 MTP = {"text": MTP_TEXT, "vision": VISION}
@@ -106,13 +106,12 @@ def test_prediction(name: str, tmp_path: Path) -> None:
             # Packs of a step differ a little: the mean of what each would need if all were like it.
             for pack in rank["packs"]:
                 shape = Pack(tuple(pack["lengths"]), pack["learnt"], tuple((s, n) for s, n in pack["images"]))
-                training = Training(
-                    shape, len(rank["packs"]), dtype, frozen=frozen, kernels="cpu", **recomputation
-                )
+                training = Training(shape, len(rank["packs"]), dtype, frozen=frozen, kernels="cpu", **recomputation)
                 predictions.append(stage_memory(config, layout, training, stage).activations)
         predicted = sum(predictions) / len(predictions)
         held = [rank["activations"] for rank in peers]
-        # Tensor and context ranks share the images, and the busiest one is planned for; experts' tokens are known on average only.
+        # Tensor and context ranks share the images, and the busiest one is planned for; experts' tokens are known on
+        # average only.
         measured = max(held) if layout.tensor * layout.context > 1 else sum(held) / len(held)
         ratio = predicted / measured
         print(f"{name}, stage {stage}: predicted {predicted:.0f} bytes, measured {measured:.0f}: {ratio:.4f}")
