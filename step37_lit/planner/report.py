@@ -20,8 +20,14 @@ from step37_lit.planner.work import Pack
 PUBLISHED = (
     ("Llama 3 405B, dense, bf16, 8,192 H100, TP8 PP16", "430 TFLOP/s a GPU", "arXiv:2407.21783, table 4"),
     ("Llama 3 405B, dense, bf16, 16,384 H100, TP8 PP16", "400 TFLOP/s a GPU", "arXiv:2407.21783, table 4"),
-    ("Mixtral 8x7B, MoE, bf16, H100, megatron-core", "468 TFLOP/s a GPU", "release notes of Megatron-LM"),
-    ("DeepSeek-V3 671B (37B active), MoE, fp8, 2,048 H800", "1,540 tokens/s a GPU", "arXiv:2412.19437: 180K h for 1T"),
+    ("Mixtral 8x7B, MoE, bf16, megatron-core 0.9", "468 TFLOP/s a GPU", "README of megatron/core/transformer/moe"),
+    ("Mixtral 8x22B, MoE, H100, megatron-core", "49.3% of peak", "arXiv:2504.14960, abstract"),
+    ("Qwen2-57B-A14B, MoE, H100, megatron-core", "39.0% of peak", "arXiv:2504.14960, abstract"),
+    (
+        "DeepSeek-V3 671B (37B active), MoE, fp8, 2,048 H800",
+        "1,540 tokens/s a GPU",
+        "arXiv:2412.19437: 180K GPU h for 1T",
+    ),
 )
 
 

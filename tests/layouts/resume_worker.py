@@ -2,8 +2,8 @@
 
 RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 ... python tests/layouts/resume_worker.py '[{"folder": ..., "strategy": {}, ...}]'
 
-Each case leaves its rows (loss, gradient norm, learning rate) in FOLDER/rows.json and its state in FOLDER/end. All cases
-of N ranks run in the same processes.
+Each case leaves its rows (loss, gradient norm, learning rate) in FOLDER/rows.json and its state in FOLDER/end. All
+cases of N ranks run in the same processes.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from step37_lit.planner.weights import rank_weights, state_bytes
 from step37_lit.planner.work import Pack, Training
 
 WORKER = Path(__file__).with_name("planner_worker.py")
-# Relative, of the peak of saved tensors. Measured: at most 2% off, with experts or pictures that ranks share 3.7% (which
-# tokens reach a rank is not for a planner to know, only their mean).
+# Relative, of the peak of saved tensors. Measured: at most 3.7% off (which tokens reach an expert is not for a planner
+# to know, only their mean).
 TOLERANCE = 0.10
 DENSE = {"text": TEXT, "vision": VISION}
 MTP = {"text": MTP_TEXT, "vision": VISION}

@@ -1,4 +1,4 @@
-"""A run that goes on in another layout trains as one rank would have: losses, gradient norms, the weights at the end."""
+"""A run that goes on in another layout trains as one rank would have: losses, gradient norms, the last weights."""
 
 from __future__ import annotations
 
