@@ -80,18 +80,18 @@ def _refused() -> dict[str, Change]:
         "length of packs": ("--data.max_length=128", "max_length"),
         "window of packs": ("--data.window=7", "window"),
         "packs of a step": ("--data.microbatches=2", "microbatches"),
-        "share that validates": ("--data.val_share=0.1", "val_share"),
+        "share that validates": ("--data.val_share=0.4", "val_share"),
         "prompt": ("--data.prompt=What?", "prompt"),
         "crops": ("--data.multicrop=true", "multicrop"),
-        "mixture": ("--data.mixture=tokens", "mixture"),
+        "texts that are too long": ("--data.too_long=drop", "data.sets"),
         "set": ("--data.sets={data}/other", "sets"),
         "precision": ("--trainer.precision=bf16-true", "trainer.precision"),
     }
     changes |= {name: Change((option,), word) for name, (option, word) in data.items()}
-    changes["set"] = Change(changes["set"].options, "data", prepare=_another_set)
+    changes["set"] = Change(changes["set"].options, "data.sets", prepare=_another_set)
     changes["tokenizer"] = Change((), "tokenizer", prepare=_other_tokenizer)
-    changes["samples"] = Change((), "data", prepare=_other_samples)
-    changes["more samples"] = Change((), "data", prepare=_more_samples)
+    changes["samples"] = Change((), "data.sets", prepare=_other_samples)
+    changes["more samples"] = Change((), "data.sets", prepare=_more_samples)
     return changes
 
 
@@ -102,7 +102,7 @@ TAKEN = {
     "trainer.gradient_clip_val": "0.5", "trainer.val_check_interval": "3", "trainer.callbacks": f"[{RUN_CHECKPOINTS}]",
     "trainer.strategy.init_args.cpu_threads": "2", "trainer.deterministic": "true",
     "data.init_args.num_workers": "1", "data.init_args.prefetch": "2", "data.init_args.resize": "exact",
-    "data.init_args.too_long": "drop", "data.init_args.bad": "skip", "data.init_args.max_bad_share": "0.5",
+    "data.init_args.mixture": "tokens", "data.init_args.bad": "skip", "data.init_args.max_bad_share": "0.5",
     "data.init_args.max_pixels": "1000000",
 }  # fmt: skip
 
@@ -145,7 +145,7 @@ def _problem(change: Change, straight: Place, made: Path, folder: Path) -> str |
         change.prepare(data)
     options = [option.replace("{data}", str(data)) for option in (*sets, *change.options)]
     before = digest(run)
-    done = [child.wait() for child in place.start_ranks(change.ranks, "--resume=must", *options)][0]
+    done = next(child.wait() for child in place.start_ranks(change.ranks, "--resume=must", *options))
     if change.taken:
         listed = [line for line in done.out.splitlines() if line.startswith(f"resume      changed: {change.named}")]
         went_on = (run / "checkpoints" / f"step_{STEPS + 1:06d}").is_dir()
