@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import lightning.pytorch as pl
 from step37_lit.checkpoint.folder import list_checkpoints
 from step37_lit.checkpoint.manifest import check_hashes, check_structure, read_manifest
 from step37_lit.errors import ConfigError
+from step37_lit.hub.fields import read_json_object
 from step37_lit.lit_module import Step37LitModule
 from step37_lit.megatron.checkpointing import RECIPE_FILE, changed_fields, check_same_model, read_training_state
 from step37_lit.saved_model import CHECKPOINTS, TOKENIZER_FILE, find_checkpoint, read_config
@@ -119,7 +119,7 @@ def compare(
     file = checkpoint / RECIPE_FILE
     if not file.is_file():  # of a notebook
         return []
-    changes = changed_fields(json.loads(file.read_bytes()), recipe)
+    changes = changed_fields(read_json_object(file), recipe)
     return [_line(f"changed: {name}: {was!r} -> {now!r}") for name, was, now in changes if name not in NOT_OF_THE_RUN]
 
 

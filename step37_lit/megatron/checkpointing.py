@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -312,10 +313,13 @@ def read_training_state(folder: Path) -> dict[str, Any]:
     """
     file = folder / TRAINING_FILE
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of a pickle's protocol
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and pickle raise nearly everything for a file that is none of theirs
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError("checkpoint", "plain values and tensors", first, file) from error
+        lines = str(error).splitlines() or [type(error).__name__]
+        # In front of what was found torch advises to run it.
+        told = next((line.strip() for line in lines if "WeightsUnpickler error" in line), lines[0])
+        raise ConfigError("checkpoint", "plain values and tensors", told, file) from error
     if not isinstance(state, dict):
         raise ConfigError("checkpoint", "a dictionary", type(state).__name__, file)
     return state
