@@ -60,7 +60,8 @@ def _another_set(data: Path) -> None:
 
 def _refused() -> dict[str, Change]:
     model = {
-        "layers of text": ("text.num_layers=3", "--model.text.layer_types=[full_attention,sliding_attention,full_attention]",
+        "layers of text": ("text.num_layers=3",
+                           "--model.text.layer_types=[full_attention,sliding_attention,full_attention]",
                            "--model.text.swiglu_limits=[null,null,null]",
                            "--model.text.swiglu_limits_shared=[null,null,null]"),
         "layers of vision": ("vision.num_layers=2",),
