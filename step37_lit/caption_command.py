@@ -120,7 +120,10 @@ def _captioner(options: Namespace) -> Step37Captioner:
     if (path / "config.json").is_file():
         layers = Step37Config.from_hub(path).text.num_mtp_layers
         require(options.speculate <= layers, "--speculate", f"at most {layers} (MTP layers)", options.speculate)
-        return Step37Captioner.from_hub(path, mtp=options.speculate > 0, batch_size=options.batch_size, **given)
+        try:
+            return Step37Captioner.from_hub(path, mtp=options.speculate > 0, batch_size=options.batch_size, **given)
+        except FileNotFoundError as error:  # of a file that a hub folder must have
+            raise ConfigError("--model", "a hub folder", str(error)) from error
     return Step37Captioner.from_checkpoint(path, batch_size=options.batch_size, **given)
 
 

@@ -52,8 +52,11 @@ def check_initial_weights(config: Step37Config, path: str | Path) -> None:
         ConfigError: names the file, the tensor, what was expected and what was found.
     """
     if is_hub_folder(path):
-        with SafetensorsFolder(path) as folder:
-            check_folder(config, folder)
+        try:
+            with SafetensorsFolder(path) as folder:
+                check_folder(config, folder)
+        except FileNotFoundError as error:  # of a file that a hub folder must have
+            raise ConfigError("model.init_from", "a hub folder", str(error)) from error
     else:
         _check_checkpoint(config, TensorFolder(saved_model.find_checkpoint(path) / MODEL))
 

@@ -21,6 +21,7 @@ from step37_lit.megatron.build import build_model
 from step37_lit.megatron.sharding import MODEL, load_weights
 from step37_lit.model.step37_model import Step37Model
 from step37_lit.processor import Step37Processor
+from step37_lit.text_file import read_text
 from step37_lit.tokenizer import Step37Tokenizer
 
 ENTRY = "step37"  # of what Lightning saves
@@ -130,7 +131,7 @@ def read_checkpoint(path: str | Path, dtype: torch.dtype = torch.float32) -> Sav
     config = read_config(folder)
     settings = read_json_object(folder / PROCESSOR_FILE)
     prompt = settings.pop("prompt")
-    template = (folder / TEMPLATE_FILE).read_bytes().decode()
+    template = read_text(folder / TEMPLATE_FILE)
     tokenizer = Step37Tokenizer.from_file(folder / TOKENIZER_FILE)
     process.initialize()
     model = build_model(config, dtype=dtype, seed=None)

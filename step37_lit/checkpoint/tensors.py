@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import math
 import queue
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,13 +163,13 @@ class TensorFolder:
         reader.set_up_storage_reader(self.metadata, True)
         plan = planner.create_local_plan()
         try:
-            reader.read_data(plan, planner).wait()
+            with warnings.catch_warnings(action="ignore"):  # of a pickle's protocol
+                reader.read_data(plan, planner).wait()
         except Exception as error:  # torch and pickle raise nearly everything for bytes that are no tensor
             raise self._unreadable(error) from error
 
     def _unreadable(self, cause: BaseException) -> ConfigError:
-        found = (str(cause).splitlines() or [type(cause).__name__])[0]
-        return ConfigError("checkpoint", "tensors as .metadata describes them", found, self.folder)
+        return ConfigError("checkpoint", "tensors as .metadata describes them", found_by_torch(cause), self.folder)
 
     def _described(self, name: str) -> TensorStorageMetadata:
         described = self.metadata.state_dict_metadata.get(name)
@@ -305,3 +306,9 @@ class _LoadPlanner(LoadPlanner):
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         pass
+
+
+def found_by_torch(error: BaseException) -> str:
+    """What `torch.load` found, without the advice in front of it to run what is in the file."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return next((line.strip() for line in lines if "WeightsUnpickler error" in line), lines[0])

@@ -36,6 +36,7 @@ from step37_lit.checkpoint.manifest import (
     files_to_hash,
     read_manifest,
 )
+from step37_lit.checkpoint.tensors import found_by_torch
 from step37_lit.config import Step37Config
 from step37_lit.errors import ConfigError, require
 from step37_lit.megatron import random_state
@@ -316,10 +317,7 @@ def read_training_state(folder: Path) -> dict[str, Any]:
         with warnings.catch_warnings(action="ignore"):  # of a pickle's protocol
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and pickle raise nearly everything for a file that is none of theirs
-        lines = str(error).splitlines() or [type(error).__name__]
-        # In front of what was found torch advises to run it.
-        told = next((line.strip() for line in lines if "WeightsUnpickler error" in line), lines[0])
-        raise ConfigError("checkpoint", "plain values and tensors", told, file) from error
+        raise ConfigError("checkpoint", "plain values and tensors", found_by_torch(error), file) from error
     if not isinstance(state, dict):
         raise ConfigError("checkpoint", "a dictionary", type(state).__name__, file)
     return state

@@ -60,8 +60,7 @@ def _another_set(data: Path) -> None:
 
 def _refused() -> dict[str, Change]:
     model = {
-        "layers of text": ("text.num_layers=3",
-                           "--model.text.layer_types=[full_attention,sliding_attention,full_attention]",
+        "layers of text": ("text.num_layers=3", f"--model.text.layer_types=[{','.join(['full_attention'] * 3)}]",
                            "--model.text.swiglu_limits=[null,null,null]",
                            "--model.text.swiglu_limits_shared=[null,null,null]"),
         "layers of vision": ("vision.num_layers=2",),
@@ -81,7 +80,7 @@ def _refused() -> dict[str, Change]:
         "length of packs": ("--data.max_length=128", "max_length"),
         "window of packs": ("--data.window=7", "window"),
         "packs of a step": ("--data.microbatches=2", "microbatches"),
-        "share that validates": ("--data.val_share=0.4", "val_share"),
+        "share that validates": ("--data.val_share=0.4", "data.sets"),
         "prompt": ("--data.prompt=What?", "prompt"),
         "crops": ("--data.multicrop=true", "multicrop"),
         "texts that are too long": ("--data.too_long=drop", "data.sets"),

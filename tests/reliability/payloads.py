@@ -96,12 +96,13 @@ def controls(folder: Path) -> int:
     for number, text in enumerate(TAGS.values()):
         marker, own = next(free), f"planted{number}"
         (folder / f"{own}.py").write_text(module(marker))
+        imports = "planted" in text
         text = text.replace("planted", own).replace("{{}}", "{}").replace("{marker}", str(marker))
         sys.path.insert(0, str(folder))
         try:
             yaml.unsafe_load(text)
         except yaml.YAMLError:  # what is made is not of the kind that the tag says
-            __import__(own) if "planted" in text else None
+            __import__(own) if imports else None
         finally:
             sys.path.remove(str(folder))
     (folder / "deep").mkdir()
