@@ -61,7 +61,6 @@ def fit(root: Path, sets: Path, ckpt_path: Path | None = None, workers: int = 0,
     return keys
 
 
-@pytest.mark.xfail(reason="fails since branches were merged on 2026-11-25; to be looked at first")
 def test_exact_resume_in_the_middle_of_an_epoch_and_at_its_end(sets: Path, tmp_path: Path) -> None:
     whole = fit(tmp_path / "whole", sets)
     epoch = len(whole.keys) // 3

@@ -107,6 +107,7 @@ class StopHooks:
 
     def on_train_start(self) -> None:
         """Makes up for the validation that the checkpoint was written before."""
+        super().on_train_start()  # type: ignore[misc]
         trainer = self.lightning_module.trainer
         if self._validation_due and trainer.enable_validation:
             trainer.validating = True

@@ -148,8 +148,8 @@ def counted_on_every_rank(patch: Patch) -> None:
         total, tokens, logged = original(weights, pack, losses)
         return total, pack.loss_mask.sum().to(tokens.dtype), logged
 
-    original = schedule._loss_sum
-    patch.setattr(schedule, "_loss_sum", loss_sum)
+    original = schedule.loss_sum
+    patch.setattr(schedule, "loss_sum", loss_sum)
 
 
 NOTHING = "(nothing)"

@@ -50,7 +50,6 @@ def test_a_step_on_four_ranks_equals_one_rank(dense: bool, one_rank: None, tmp_p
     assert set(found) == set(layouts)
 
 
-@pytest.mark.xfail(reason="fails since branches were merged on 2026-11-25; to be looked at first")
 @pytest.mark.parametrize("name", ["context", pytest.param("tensor", marks=pytest.mark.slow)])
 def test_faults_are_noticed(name: str, one_rank: None, tmp_path: Path) -> None:
     layout, faults = LAYOUTS[name]
