@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from step37_lit.megatron.first_rank_watch import FirstRankWatch
+from step37_lit.megatron.other_rank_watch import OtherRankWatch
+from step37_lit.megatron.rank_link import Link
 from step37_lit.megatron.rank_verdict import GRACE, Member, Position, Progress, Seen, judge
-from step37_lit.megatron.rank_watch import FirstRankWatch, Link, OtherRankWatch
 
 TIMEOUT = 60.0
 

@@ -1,17 +1,14 @@
-"""Trains, saves, loads and digests checkpoints in several layouts of N ranks: what the tests of resharding start.
+"""Trains, saves and loads checkpoints in several layouts of N ranks: what the tests of resharding start.
 
 RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 ... python tests/layouts/reshard_worker.py '[{"folder": ..., "strategy": {}, ...}]'
 
 A case without sources trains `steps` steps and saves to FOLDER/made. One with sources loads each of them into its
-layout and saves it again below FOLDER, so that weights and optimizer state can be compared by `digests`. All cases of N
+layout and saves it again below FOLDER, so that weights and optimizer state can be compared. All cases of N
 ranks run in the same processes, since starting them takes longer than a case.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,22 +17,10 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 import lightning.pytorch as pl
 import torch
-from megatron.core import parallel_state
+from cases import run_cases
 from training import TinyData, module_arguments, trainer_arguments
 
 from step37_lit import MegatronStrategy, Step37LitModule
-from step37_lit.checkpoint.tensors import TensorFolder
-
-
-def digests(checkpoint: Path) -> dict[str, str]:
-    """Of each whole tensor of a checkpoint's weights and optimizer state."""
-    found = {}
-    for part in ("model", "optimizer"):
-        tensors = TensorFolder(checkpoint / part)
-        for name in sorted(tensors.names()):
-            raw = tensors.tensor(name).contiguous().view(torch.uint8).numpy().tobytes()
-            found[f"{part}/{name}"] = hashlib.sha256(raw).hexdigest()
-    return found
 
 
 class LoadAndSave(pl.Callback):
@@ -66,18 +51,7 @@ def run(case: dict[str, Any], devices: int) -> None:
     trainer.fit(Step37LitModule(**module_arguments(decay_steps=40, **case["module"])), datamodule=TinyData(steps=40))
     if not sources:
         trainer.save_checkpoint(folder / "made")
-    parallel_state.destroy_model_parallel()  # the next case has another layout
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    environment = dict(os.environ)
-    for case in json.loads(sys.argv[1]):
-        os.environ.update(environment)  # of which Lightning removes some at the end of a run
-        run(case, int(environment["WORLD_SIZE"]))
 
 
 if __name__ == "__main__":
-    if "OMP_NUM_THREADS" not in os.environ:
-        raise SystemExit("start through tests/layouts/test_resharding.py")
-    main()
+    run_cases(run)

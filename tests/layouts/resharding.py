@@ -14,10 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-from reshard_worker import digests
-
 from step37_lit.megatron.checkpointing import read_training_state
+from tests.reliability.runs import digests
 
 WORKER = Path(__file__).with_name("reshard_worker.py")
 STEPS, TIMEOUT = 3, 500

@@ -9,7 +9,6 @@ cases of N ranks run in the same processes.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 import lightning.pytorch as pl
-import torch
-from megatron.core import parallel_state
+from cases import run_cases
 from training import Record, TinyData, module_arguments, trainer_arguments
 
 from step37_lit import MegatronStrategy, Step37LitModule
@@ -46,18 +44,7 @@ def run(case: dict[str, Any], devices: int) -> None:
     trainer.fit(module, datamodule=TinyData(steps=40), ckpt_path=case["source"])
     if trainer.global_rank == 0:
         (folder / "rows.json").write_text(json.dumps(record.rows))
-    parallel_state.destroy_model_parallel()  # the next case has another layout
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    environment = dict(os.environ)
-    for case in json.loads(sys.argv[1]):
-        os.environ.update(environment)  # of which Lightning removes some at the end of a run
-        run(case, int(environment["WORLD_SIZE"]))
 
 
 if __name__ == "__main__":
-    if "OMP_NUM_THREADS" not in os.environ:
-        raise SystemExit("start through tests/layouts/test_resumed_layouts.py")
-    main()
+    run_cases(run)
